@@ -1,0 +1,1 @@
+"""Everything below the page: engine, text, server, command line. See README.md for the map."""

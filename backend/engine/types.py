@@ -1,0 +1,156 @@
+"""The nouns of the engine. Read this first: everything else moves these.
+
+`Request` and `StepOutput` cross the process border (as msgspec messages); `Sequence` and `Batch`
+live inside the engine.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Literal
+
+from backend.config import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(slots=True)
+class Request:
+    """One reply to produce.
+
+    Attributes:
+        request_id: unique among all requests of an engine, made by the server, never by a client.
+        prompt_token_ids: at least one id, each below the vocabulary size.
+        eos_token_ids: the model's end-of-reply ids, honoured unless `sampling.ignore_eos`.
+        cache_salt: prefixes are shared only among requests with the same salt (one per API key,
+            so that no one can time another's prompts out of the cache).
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    eos_token_ids: list[int] = field(default_factory=list)
+    cache_salt: str = ""
+
+
+@dataclass(slots=True)
+class TokenLogprob:
+    """Log-probability of a drawn token under the model (before penalties and temperature).
+
+    `top` holds (token id, log-probability) of the likeliest tokens, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What one step brought for one request. The last one carries `finish_reason`.
+
+    With `finish_reason == "stop"` the last of `token_ids` is the stop token itself, counted in
+    usage but not part of the text. With "error", `error` says why, in one sentence.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] | None = None
+    num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
+    error: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request at work: its tokens, how many of them have KV, and where that KV lies.
+
+    `token_ids` is prompt plus reply. The next forward pass computes positions
+    `num_computed_tokens ...`; once they reach `len(token_ids)`, a new token is drawn.
+    """
+
+    request: Request
+    token_ids: list[int]
+    stop_ids: frozenset[int]
+    max_tokens: int  # of the reply; bounded by the context
+    random: random.Random  # this request's own, so that a seed means the same in any batch
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, chained
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+
+@dataclass(slots=True)
+class ScheduledSequence:
+    """`num_tokens` of `sequence`, from its `num_computed_tokens` on, are computed in this step.
+
+    `samples` is true when they reach the sequence's end, so that a token is drawn.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """The work of one step."""
+
+    scheduled: list[ScheduledSequence]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_tokens for s in self.scheduled)
+
+
+@dataclass(slots=True)
+class SampledToken:
+    """A token drawn for a scheduled sequence, in the order of the batch's sampling sequences."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(slots=True)
+class ModelInfo:
+    """What an engine serves, told once when it is ready."""
+
+    architecture: str
+    device: str  # "cpu" or the GPU's name
+    dtype: str
+    vocab_size: int
+    session_len: int  # tokens, prompt and reply
+    max_batch_size: int
+    num_blocks: int
+    block_size: int
+    weight_bytes: int  # on this device, all ranks together
+    kv_bytes_per_token: int
+    tp: int
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Gauges after a step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks_free: int = 0  # neither owned nor cached
+    num_blocks_cached: int = 0  # hold a prefix that no one uses at the moment
+    num_preemptions: int = 0  # since start
+    num_steps: int = 0
+    num_prompt_tokens: int = 0  # computed or taken from the cache, since start
+    num_cached_tokens: int = 0  # of these, taken from the cache
+    num_output_tokens: int = 0

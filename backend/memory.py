@@ -1,0 +1,50 @@
+"""Memory figures for people: what the engine's process and its device use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from backend.engine.types import ModelInfo
+
+
+@dataclass(slots=True)
+class MemoryStatus:
+    """Bytes. `used` and `total` are the device's (the GPU's, or the machine's on a CPU)."""
+
+    used: int
+    total: int
+    engine: int  # resident memory of the engine's process
+    weights: int
+    kv_cache: int
+
+
+def memory_status(engine_pid: int | None, info: ModelInfo | None) -> MemoryStatus | None:
+    """Figures for the engine with process id `engine_pid`; None while there is no model."""
+    if engine_pid is None or info is None:
+        return None
+    try:
+        resident = psutil.Process(engine_pid).memory_info().rss
+    except psutil.Error:  # it died a moment ago
+        return None
+    if info.device == "cpu":
+        machine = psutil.virtual_memory()
+        used, total = machine.total - machine.available, machine.total
+    else:
+        used, total = _gpu_memory()
+    kv_cache = info.num_blocks * info.block_size * info.kv_bytes_per_token
+    return MemoryStatus(used, total, resident, info.weight_bytes, kv_cache)
+
+
+def _gpu_memory() -> tuple[int, int]:
+    """(used, total) over all visible GPUs, other people's processes included."""
+    import pynvml  # the module of the package nvidia-ml-py
+
+    pynvml.nvmlInit()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        infos = [pynvml.nvmlDeviceGetMemoryInfo(h) for h in handles]
+        return sum(i.used for i in infos), sum(i.total for i in infos)
+    finally:
+        pynvml.nvmlShutdown()
