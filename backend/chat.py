@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -143,11 +144,13 @@ class ChatService:
         stop: Sequence[str] = (),
         model: str | None = None,
         cache_salt: str = "",
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """See `ChatBackend.stream`; `cache_salt` as in `Request`."""
         prompt = await self.encode_chat(messages)
-        async for delta in self.stream_ids(prompt, sampling, stop=stop, cache_salt=cache_salt):
-            yield delta
+        deltas = self.stream_ids(prompt, sampling, stop=stop, cache_salt=cache_salt)
+        async with aclosing(deltas):  # an abandoned generator would abort only when collected
+            async for delta in deltas:
+                yield delta
 
     async def stream_ids(
         self,
@@ -156,7 +159,7 @@ class ChatService:
         *,
         stop: Sequence[str] = (),
         cache_salt: str = "",
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Deltas of the reply to token ids.
 
         Raises:
@@ -173,22 +176,23 @@ class ChatService:
         text = Detokenizer(self.tokenizer, stop=stop)
         stats = ReplyStats(len(prompt_token_ids), 0)
         first = started
-        async for output in self.engine.generate(request):
-            now = self._clock()
-            if stats.completion_tokens == 0 and output.token_ids:
-                first, stats.ttft_s = now, now - started
-            stats.completion_tokens += len(output.token_ids)
-            stats.cached_tokens = max(stats.cached_tokens, output.num_cached_tokens)
-            delta = self._delta(output, text)
-            if delta.finish_reason:  # leaving the loop closes `generate`, which aborts the rest
-                seconds = now - first
-                if stats.completion_tokens > 1 and seconds > 0:
-                    stats.tokens_per_s = (stats.completion_tokens - 1) / seconds
-                delta.stats = stats
-                yield delta
-                return
-            if delta.text or delta.logprobs:
-                yield delta
+        async with aclosing(self.engine.generate(request)) as outputs:
+            async for output in outputs:
+                now = self._clock()
+                if stats.completion_tokens == 0 and output.token_ids:
+                    first, stats.ttft_s = now, now - started
+                stats.completion_tokens += len(output.token_ids)
+                stats.cached_tokens = max(stats.cached_tokens, output.num_cached_tokens)
+                delta = self._delta(output, text)
+                if delta.finish_reason:  # a stop string ends it before the engine knows
+                    seconds = now - first
+                    if stats.completion_tokens > 1 and seconds > 0:
+                        stats.tokens_per_s = (stats.completion_tokens - 1) / seconds
+                    delta.stats = stats
+                    yield delta
+                    return
+                if delta.text or delta.logprobs:
+                    yield delta
 
     def _fit(self, ids: list[int], sampling: SamplingParams, info: ModelInfo) -> SamplingParams:
         """Refuse what cannot run; bound the reply by what the context leaves."""
