@@ -12,7 +12,7 @@ from typing import Literal
 
 from backend.config import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(slots=True)
@@ -78,7 +78,9 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    block_runs: list[list[int]] = field(default_factory=list)  # the table as [first, count] runs
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, chained
+    num_hashed_blocks: int = 0  # blocks of the table that the prefix index knows
 
     @property
     def request_id(self) -> str:
@@ -117,8 +119,28 @@ class Batch:
 
 
 @dataclass(slots=True)
+class StepInput:
+    """A batch as plain numbers, the same for every tensor parallel rank.
+
+    T tokens of S sequences one after another; `kv_runs` as in `kernels.ops.AttentionMetadata`.
+    """
+
+    token_ids: list[int]  # [T]
+    positions: list[int]  # [T]
+    slot_mapping: list[int]  # [T]
+    query_lens: list[int]  # [S]
+    seq_lens: list[int]  # [S]
+    kv_runs: list[list[tuple[int, int]]]  # [S]
+    block_tables: list[list[int]]  # [S]
+    sample_rows: list[int]  # tokens whose logits are wanted
+
+
+@dataclass(slots=True)
 class SampledToken:
-    """A token drawn for a scheduled sequence, in the order of the batch's sampling sequences."""
+    """A token drawn for a scheduled sequence, in the order of the batch's sampling sequences.
+
+    `token_id` is -1 when the model's output for it was not a number.
+    """
 
     token_id: int
     logprob: TokenLogprob | None = None

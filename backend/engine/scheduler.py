@@ -1,0 +1,172 @@
+"""Which sequences work in the next step, and what becomes of their tokens.
+
+Continuous batching (Orca, Yu et al. 2022) with chunked prefill (Sarathi, Agrawal et al. 2023):
+every step first takes one token of each decoding sequence, then fills the rest of the token
+budget with pieces of prompts. Admission is first come, first served. When blocks run out, the
+sequence admitted last gives its blocks back and waits at the head of the queue, to be recomputed
+(mostly from the prefix cache); the oldest therefore always gets on, and nothing starves.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from backend.engine.block_manager import BlockManager
+from backend.engine.types import (
+    Batch,
+    EngineStats,
+    FinishReason,
+    SampledToken,
+    ScheduledSequence,
+    Sequence,
+    StepOutput,
+)
+
+
+class Scheduler:
+    """Queues of sequences over a `BlockManager`.
+
+    Args:
+        blocks: the KV pool's accounts.
+        max_batch_size: sequences that run at the same time.
+        max_step_tokens: tokens computed in one step, at least `max_batch_size`.
+    """
+
+    def __init__(self, blocks: BlockManager, max_batch_size: int, max_step_tokens: int) -> None:
+        self.blocks = blocks
+        self.max_batch_size = max_batch_size
+        self.max_step_tokens = max(max_step_tokens, max_batch_size)
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[str, Sequence] = {}  # in order of admission
+        self.stats = EngineStats()
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request and free its blocks at once; False if it is not here (any more)."""
+        seq = self.running.pop(request_id, None)
+        if seq is not None:
+            self.blocks.release(seq)
+            return True
+        for seq in self.waiting:
+            if seq.request_id == request_id:
+                self.waiting.remove(seq)
+                return True
+        return False
+
+    def schedule(self) -> Batch:
+        """The next step's work: decodes, then prompts begun, then new prompts."""
+        scheduled: list[ScheduledSequence] = []
+        budget = self.max_step_tokens
+        preemptions = self.stats.num_preemptions
+        for seq in self._decoding():
+            if seq.request_id in self.running and self._make_room(seq):
+                scheduled.append(ScheduledSequence(seq, 1, True))
+                budget -= 1
+        for seq in self.running.values():
+            if budget and seq.num_computed_tokens < len(seq.token_ids) - 1:
+                scheduled.append(self._piece(seq, budget))
+                budget -= scheduled[-1].num_tokens
+        # Who was just put out must not come back in the same step.
+        if budget and self.stats.num_preemptions == preemptions:
+            for seq in self._admit():
+                scheduled.append(self._piece(seq, budget))
+                budget -= scheduled[-1].num_tokens
+                if not budget:
+                    break
+        return Batch(scheduled)
+
+    def update(self, batch: Batch, sampled: list[SampledToken]) -> list[StepOutput]:
+        """Account for a computed step; `sampled` in the order of the sequences that sample."""
+        outputs = []
+        tokens = iter(sampled)
+        for item in batch.scheduled:
+            seq = item.sequence
+            seq.num_computed_tokens += item.num_tokens
+            self.blocks.mark_computed(seq)
+            if item.samples:
+                outputs.append(self._take_token(seq, next(tokens)))
+        stats = self.stats
+        stats.num_steps += 1
+        stats.num_output_tokens += len(outputs)
+        return outputs
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take a running sequence's blocks; it waits at the head of the queue."""
+        del self.running[seq.request_id]
+        self.blocks.release(seq)
+        self.waiting.appendleft(seq)
+        self.stats.num_preemptions += 1
+
+    def gauges(self) -> EngineStats:
+        """The counters, with the queues and the pool as they are now."""
+        stats = self.stats
+        stats.num_running = len(self.running)
+        stats.num_waiting = len(self.waiting)
+        stats.num_blocks_free = self.blocks.num_free
+        stats.num_blocks_cached = self.blocks.num_cached
+        return stats
+
+    def _decoding(self) -> list[Sequence]:
+        """Sequences that lack only their last token; a copy, because preemption changes queues."""
+        return [
+            seq for seq in self.running.values()
+            if seq.num_computed_tokens == len(seq.token_ids) - 1
+        ]
+
+    def _make_room(self, seq: Sequence) -> bool:
+        """Room for one more token, if need be at the cost of the sequences admitted last."""
+        while not self.blocks.grow(seq, len(seq.token_ids)):
+            victim = next(reversed(self.running.values()))
+            self.preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _piece(self, seq: Sequence, budget: int) -> ScheduledSequence:
+        missing = len(seq.token_ids) - seq.num_computed_tokens
+        return ScheduledSequence(seq, min(missing, budget), missing <= budget)
+
+    def _admit(self) -> Iterator[Sequence]:
+        """Admit waiting sequences while they fit, leaving a block to each that runs already."""
+        while self.waiting and len(self.running) < self.max_batch_size:
+            seq = self.waiting[0]
+            if not self.blocks.attach(seq, reserve=len(self.running)):
+                return
+            self.waiting.popleft()
+            self.running[seq.request_id] = seq
+            if not seq.num_output_tokens:  # else it comes back after preemption
+                seq.num_cached_tokens = seq.num_computed_tokens
+                self.stats.num_cached_tokens += seq.num_cached_tokens
+                self.stats.num_prompt_tokens += seq.num_prompt_tokens
+            yield seq
+
+    def _take_token(self, seq: Sequence, drawn: SampledToken) -> StepOutput:
+        output = StepOutput(seq.request_id, [drawn.token_id])
+        if drawn.logprob is not None:
+            output.logprobs = [drawn.logprob]
+        first = not seq.num_output_tokens
+        if first:
+            output.num_cached_tokens = seq.num_cached_tokens
+        reason: FinishReason | None = None
+        if drawn.token_id < 0:
+            output.token_ids, output.logprobs, reason = [], None, "error"
+            output.error = "The model's output is not a number: its weights are damaged."
+        else:
+            seq.token_ids.append(drawn.token_id)
+            if drawn.token_id in seq.stop_ids and seq.num_output_tokens > (
+                seq.request.sampling.min_tokens
+            ):
+                reason = "stop"
+            elif seq.num_output_tokens >= seq.max_tokens:
+                reason = "length"
+        if reason is not None:
+            output.finish_reason = reason
+            del self.running[seq.request_id]
+            self.blocks.release(seq)
+        return output

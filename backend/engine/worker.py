@@ -1,0 +1,110 @@
+"""Main of an engine process. Rank 0 schedules and speaks to the web process; further tensor
+parallel ranks load their part of the model and compute what rank 0 sends them.
+
+    python -m backend.engine.worker FD      FD: this end of the pipe, inherited
+
+A process ends when its pipe closes, so none outlives who started it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from backend.config import EngineConfig
+from backend.engine import messages
+from backend.engine.engine import Engine
+from backend.engine.types import StepOutput
+from backend.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def serve(connection: Connection, build: Callable[[EngineConfig], Engine]) -> None:
+    """Build the engine that the first message asks for, and run it until the pipe closes."""
+    start = messages.decode_command(connection.recv_bytes())
+    assert isinstance(start, messages.Start)
+    try:
+        engine = build(start.config)
+    except UserError as error:
+        failed = messages.LoadFailed(start.epoch, error.message, error.hint)
+        connection.send_bytes(messages.encode(failed))
+        return
+    connection.send_bytes(messages.encode(messages.Ready(start.epoch, engine.runner.info)))
+    while (refused := _obey(engine, connection)) is not None:
+        outputs = refused + engine.step()
+        event = messages.Outputs(start.epoch, outputs, engine.stats())
+        connection.send_bytes(messages.encode(event))
+
+
+def _obey(engine: Engine, connection: Connection) -> list[StepOutput] | None:
+    """Take all commands that are there, waiting for one if there is nothing to do.
+
+    Returns the last words to requests that cannot run, or None to shut down.
+    """
+    refused: list[StepOutput] = []
+    while connection.poll() or not (engine.has_work() or refused):
+        command = messages.decode_command(connection.recv_bytes())
+        if isinstance(command, messages.AddRequest):
+            try:
+                engine.add_request(command.request)
+            except ValueError as error:
+                request_id = command.request.request_id
+                refused.append(StepOutput(request_id, [], "error", error=str(error)))
+        elif isinstance(command, messages.AbortRequest):
+            engine.abort_request(command.request_id)
+        else:
+            return None
+    return refused
+
+
+def build_engine(config: EngineConfig, on_rank_death: Callable[[], None] | None = None) -> Engine:
+    """The real thing: load the model (and start its further ranks) as `config` says."""
+    from backend.engine.model_runner import ModelRunner
+    from backend.engine.ranks import join_group, start_ranks
+
+    group = start_ranks(config, on_rank_death)
+    runner = ModelRunner(config, join_group(config, 0, group.rendezvous), group.connections)
+    return Engine(
+        runner,
+        enable_prefix_caching=config.enable_prefix_caching,
+        max_step_tokens=config.max_prefill_token_num,
+    )
+
+
+def compute(connection: Connection, start: messages.StartRank) -> None:
+    """A further rank: forward passes as rank 0 sends them."""
+    from backend.engine.model_runner import ModelRunner
+    from backend.engine.ranks import join_group
+
+    runner = ModelRunner(start.config, join_group(start.config, start.rank, start.rendezvous))
+    while True:
+        runner.forward(messages.decode_step_input(connection.recv_bytes()))
+
+
+def main(argv: list[str], build: Callable[[EngineConfig], Engine] | None = None) -> int:
+    """Serve the pipe named by `argv`; `build` lets tests bring an engine over a fake model."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started us
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    fd = int(argv[0])
+    os.set_inheritable(fd, False)
+    connection = Connection(fd)
+    try:
+        if len(argv) > 1:
+            start = messages.decode_command(connection.recv_bytes())
+            assert isinstance(start, messages.StartRank)
+            compute(connection, start)
+        else:
+            # A rank that is gone leaves its peers waiting in a collective: die, to be restarted.
+            serve(connection, build or (lambda config: build_engine(config, lambda: os._exit(1))))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # who started us is gone
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
