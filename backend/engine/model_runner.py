@@ -13,7 +13,8 @@ from torch import Tensor
 from backend.config import EngineConfig
 from backend.engine import messages
 from backend.engine.sampler import sample
-from backend.engine.types import Batch, ModelInfo, SampledToken, Sequence, StepInput
+from backend.engine.step_input import prepare
+from backend.engine.types import Batch, ModelInfo, SampledToken, StepInput
 from backend.errors import UserError
 from backend.layers.parallel import ParallelContext
 from backend.models.loader import load_model
@@ -136,46 +137,6 @@ class ModelRunner:
             block_size=self.block_size, weight_bytes=weight_bytes * config.tp,
             kv_bytes_per_token=per_token * config.tp, tp=config.tp,
         )
-
-
-def prepare(batch: Batch, block_size: int) -> StepInput:
-    """The batch as plain numbers."""
-    step = StepInput([], [], [], [], [], [], [], [])
-    for item in batch.scheduled:
-        seq = item.sequence
-        start = seq.num_computed_tokens
-        end = start + item.num_tokens
-        step.token_ids += seq.token_ids[start:end]
-        step.positions += range(start, end)
-        step.slot_mapping += _slots(seq, start, end, block_size)
-        step.query_lens.append(item.num_tokens)
-        step.seq_lens.append(end)
-        step.kv_runs.append(_runs(seq, end, block_size))
-        step.block_tables.append(seq.block_table)
-        if item.samples:
-            step.sample_rows.append(len(step.token_ids) - 1)
-    return step
-
-
-def _slots(seq: Sequence, start: int, end: int, block_size: int) -> Items[int]:
-    """Pool slots of the positions start ... end - 1."""
-    if len(seq.block_runs) == 1:
-        base = seq.block_runs[0][0] * block_size
-        return range(base + start, base + end)
-    table = seq.block_table
-    return [table[i // block_size] * block_size + i % block_size for i in range(start, end)]
-
-
-def _runs(seq: Sequence, length: int, block_size: int) -> list[tuple[int, int]]:
-    """The first `length` tokens of a sequence as (first slot, tokens) runs."""
-    runs = []
-    for first, count in seq.block_runs:
-        tokens = min(count * block_size, length)
-        runs.append((first * block_size, tokens))
-        length -= tokens
-        if not length:
-            break
-    return runs
 
 
 def _device(config: EngineConfig, parallel: ParallelContext) -> torch.device:
