@@ -1,0 +1,193 @@
+"""The asyncio side of an engine: streams, abort, death, restart, hang; child process and inline."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
+
+import pytest
+
+from backend.config import EngineConfig, SamplingParams
+from backend.engine.async_engine import AsyncEngine
+from backend.engine.engine import Engine
+from backend.engine.launcher import ProcessHandle, ThreadHandle
+from backend.engine.messages import Outputs
+from backend.engine.types import EngineStats, Request, Sequence, StepOutput
+from backend.errors import EngineDeadError, EngineNotReadyError, UserError
+from tests.fake_model import FakeRunner, fake_engine, fake_info
+
+CHILD = partial(ProcessHandle, (sys.executable, "-m", "tests.fake_worker"))
+INLINE = partial(ThreadHandle, fake_engine)
+EOS = 257
+
+
+def request(name: str, prompt: list[int], **sampling) -> Request:
+    return Request(name, prompt, SamplingParams(**sampling), [EOS])
+
+
+@asynccontextmanager
+async def running(launch, **options) -> AsyncIterator[AsyncEngine]:
+    engine = AsyncEngine(EngineConfig(model="fake"), launch, **options)
+    await engine.start()
+    try:
+        await engine.wait_ready()
+        yield engine
+    finally:
+        await engine.stop()
+
+
+async def reply(engine: AsyncEngine, made: Request) -> list[int]:
+    tokens: list[int] = []
+    async with aclosing(engine.generate(made)) as outputs:
+        async for output in outputs:
+            tokens += output.token_ids
+    return tokens
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait for a condition that other threads bring about; bounded."""
+    for _ in range(3000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come about")
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 120))
+
+
+@pytest.mark.parametrize("launch", [CHILD, INLINE], ids=["child", "inline"])
+def test_many_streams_are_not_mixed_and_aborts_free_everything(launch):
+    async def test():
+        async with running(launch) as engine:
+            async def one(i: int) -> None:
+                prompt = [i % 256, i // 256] * 20
+                made = request(str(i), prompt, max_tokens=60)
+                if i % 3 == 0:
+                    async with aclosing(engine.generate(made)) as outputs:
+                        async for output in outputs:
+                            assert output.token_ids[0] == prompt[0]
+                            break
+                else:
+                    assert await reply(engine, made) == [*prompt, EOS]
+            await asyncio.gather(*(one(i) for i in range(90)))
+            assert await reply(engine, request("last", [5])) == [5, EOS]
+            stats = engine.stats
+            assert stats is not None and engine.info is not None
+            assert stats.num_running == stats.num_waiting == 0
+            assert stats.num_blocks_free + stats.num_blocks_cached == engine.info.num_blocks
+            assert engine.healthy()
+    run(test)
+
+
+def test_death_ends_every_request_and_the_engine_comes_back():
+    async def test():
+        async with running(CHILD) as engine:
+            epoch, pid = engine.epoch, engine.pid
+            assert pid is not None
+            prompt = [7] * 1500  # long enough to be at work still
+            streams = [engine.generate(request(str(i), prompt)) for i in range(8)]
+            for stream in streams:
+                await anext(stream)
+            os.kill(pid, signal.SIGKILL)
+            for stream in streams:
+                with pytest.raises(EngineDeadError):
+                    async for _ in stream:
+                        pass
+            with pytest.raises(EngineNotReadyError):
+                await reply(engine, request("while down", [1]))
+            assert not engine.healthy()
+            await eventually(lambda: engine.state == "ready")
+            assert engine.epoch == epoch + 1
+            assert await reply(engine, request("again", [1, 2])) == [1, 2, EOS]
+    run(test)
+
+
+def test_dying_again_and_again_gives_up(monkeypatch):
+    monkeypatch.setattr("backend.engine.async_engine.RESTART_DELAYS_S", (0.0, 0.0))
+
+    async def test():
+        engine = AsyncEngine(
+            EngineConfig(model="fake"), partial(ProcessHandle, (sys.executable, "-c", "")))
+        await engine.start()
+        with pytest.raises(UserError, match="died"):
+            await engine.wait_ready()
+        assert engine.state == "failed" and not engine.healthy()
+        await engine.stop()
+    run(test)
+
+
+def test_a_hanging_engine_is_not_healthy_until_it_goes_on():
+    async def test():
+        now, gate = [0.0], threading.Event()
+
+        def build(config: EngineConfig) -> Engine:
+            def next_token(seq: Sequence) -> int:
+                assert gate.wait(60)
+                return EOS
+            return Engine(FakeRunner(fake_info(), next_token))
+
+        async with running(partial(ThreadHandle, build), clock=lambda: now[0]) as engine:
+            now[0] = 1000.0
+            assert engine.healthy()  # idle for long
+            task = asyncio.create_task(reply(engine, request("a", [7])))
+            await asyncio.sleep(0)  # the request is on its way
+            now[0] = 1029.0
+            assert engine.healthy()
+            now[0] = 1031.0
+            assert not engine.healthy()
+            gate.set()
+            assert await task == [EOS]
+            assert engine.healthy()
+    run(test)
+
+
+def test_late_words_of_a_dead_epoch_are_dropped():
+    async def test():
+        async with running(INLINE) as engine:
+            stream = engine.generate(request("a", [1, 2, 3]))
+            first = await anext(stream)
+            late = Outputs(engine.epoch - 1, [StepOutput("a", [99])], EngineStats())
+            engine._on_event(late)
+            rest = [t async for output in stream for t in output.token_ids]
+            assert first.token_ids + rest == [1, 2, 3, EOS]
+    run(test)
+
+
+def test_a_request_that_cannot_run_fails_alone():
+    async def test():
+        async with running(CHILD) as engine:
+            outputs = [o async for o in engine.generate(request("bad", [1] * 5000))]
+            assert outputs[-1].finish_reason == "error" and "5000" in outputs[-1].error
+            assert await reply(engine, request("good", [4])) == [4, EOS]
+    run(test)
+
+
+def test_a_model_that_cannot_be_loaded_says_why():
+    async def test():
+        def build(config):
+            raise UserError("The folder is empty.", "Name another.")
+        engine = AsyncEngine(EngineConfig(model="fake"), partial(ThreadHandle, build))
+        await engine.start()
+        with pytest.raises(UserError, match="The folder is empty. Name another."):
+            await engine.wait_ready()
+        assert engine.state == "failed"
+        await engine.stop()
+    run(test)
+
+
+def test_no_process_outlives_stop():
+    async def test():
+        async with running(CHILD) as engine:
+            pid = engine.pid
+        assert pid is not None
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    run(test)
