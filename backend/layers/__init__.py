@@ -1,0 +1,1 @@
+"""Building blocks of a decoder: tensor parallel, ignorant of families and of the engine."""

@@ -1,0 +1,76 @@
+"""Token embedding and output head, the vocabulary split over the ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backend.layers.linear import BuildContext
+from backend.layers.linear_method import WeightSlot
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of a [vocab_size, hidden_size] table; a rank keeps an equal run of them.
+
+    If the ranks do not divide the vocabulary, the last ones' rows are fewer, and the rest of their
+    parameter stays zero.
+
+    forward: ids [T] below vocab_size -> [T, hidden_size], the same on every rank.
+
+    Args:
+        name: in the checkpoint, without ".weight".
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, name: str, context: BuildContext
+    ) -> None:
+        super().__init__()
+        self.parallel = context.parallel
+        self.vocab_size = vocab_size
+        self.name = name
+        rows = -(-vocab_size // self.parallel.world_size)
+        self.start = min(self.parallel.rank * rows, vocab_size)
+        self.length = min(rows, vocab_size - self.start)
+        weight = torch.empty(rows, hidden_size, dtype=context.dtype, device=context.device)
+        weight[self.length :] = 0
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        """The checkpoint's tensor for this layer, by name."""
+        hidden_size = self.weight.shape[1]
+        rows = slice(self.start, self.start + self.length)
+        return {
+            f"{self.name}.weight": WeightSlot(
+                (self.vocab_size, hidden_size),
+                (rows, slice(0, hidden_size)),
+                self.weight.data[: self.length],
+            )
+        }
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self.parallel.world_size == 1:
+            return F.embedding(input_ids, self.weight)
+        local = input_ids - self.start
+        elsewhere = (local < 0) | (local >= self.length)
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.parallel.all_reduce(rows.masked_fill(elsewhere[:, None], 0))
+
+
+class ParallelLMHead(nn.Module):
+    """Hidden states to logits, with a table of its own or the embedding's.
+
+    forward: hidden [rows, hidden_size] -> float32 [rows, vocab_size] on every rank. All ranks must
+    call it together.
+
+    Args:
+        table: the weights; the embedding itself if the two are tied.
+    """
+
+    def __init__(self, table: VocabParallelEmbedding) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.table.weight).float()
+        return self.table.parallel.all_gather(logits)[:, : self.table.vocab_size]

@@ -1,0 +1,1 @@
+"""One file a weight format: how a linear layer's weights are stored and multiplied."""

@@ -1,0 +1,228 @@
+"""The one decoder: a pre-norm transformer with rotary positions and a gated MLP.
+
+A family (llama.py, qwen2.py, ...) is a subclass that sets flags, and overrides a block only where
+its mathematics differ.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from backend.layers.attention import Attention
+from backend.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from backend.layers.linear import (
+    BuildContext,
+    LinearLayer,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    kv_heads_per_rank,
+)
+from backend.layers.linear_method import WeightSlot
+from backend.layers.norm import RMSNorm
+from backend.layers.rotary import RotaryEmbedding
+from backend.models.model_config import ConfigFields, ModelConfig
+from kernels import ops
+from kernels.ops import AttentionMetadata
+
+
+class SelfAttention(nn.Module):
+    """Q, K, V; rotation; attention over the KV pools; output projection."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, prefix: str, context: BuildContext
+    ) -> None:
+        super().__init__()
+        parallel = context.parallel
+        self.head_dim = config.head_dim
+        self.num_heads = parallel.divide(config.num_heads, "attention heads")
+        self.num_kv_heads = kv_heads_per_rank(config.num_kv_heads, parallel)
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            (f"{prefix}.q_proj", f"{prefix}.k_proj", f"{prefix}.v_proj"),
+            config.qkv_bias,
+            context,
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_heads * config.head_dim,
+            config.hidden_size,
+            f"{prefix}.o_proj",
+            config.output_bias,
+            context,
+        )
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            eps = config.rms_norm_eps
+            self.q_norm = RMSNorm(config.head_dim, eps, f"{prefix}.q_norm", context)
+            self.k_norm = RMSNorm(config.head_dim, eps, f"{prefix}.k_norm", context)
+        self.attention = Attention(config.head_dim**-0.5, config.windows[index])
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """hidden [T, hidden_size] -> [T, hidden_size]."""
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv_proj(hidden).unflatten(-1, (heads + 2 * kv_heads, self.head_dim))
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # [T, heads, head_dim] each
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = ops.rotary_embedding(q, k, cos, sin)
+        return self.o_proj(self.attention(q, k, v, kv_cache, metadata).flatten(1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, prefix: str, context: BuildContext) -> None:
+        super().__init__()
+        size = config.intermediate_size
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            [(f"{prefix}.gate_proj", size), (f"{prefix}.up_proj", size)],
+            config.mlp_bias,
+            context,
+        )
+        self.down_proj = RowParallelLinear(
+            size, config.hidden_size, f"{prefix}.down_proj", config.mlp_bias, context
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [T, hidden_size] -> [T, hidden_size]."""
+        return self.down_proj(ops.silu_and_mul(self.gate_up_proj(hidden)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm. The residual travels beside the hidden states."""
+
+    def __init__(self, config: ModelConfig, index: int, context: BuildContext) -> None:
+        super().__init__()
+        prefix, eps = f"model.layers.{index}", config.rms_norm_eps
+        size = config.hidden_size
+        self.input_layernorm = RMSNorm(size, eps, f"{prefix}.input_layernorm", context)
+        self.self_attn = SelfAttention(config, index, f"{prefix}.self_attn", context)
+        self.post_attention_layernorm = RMSNorm(
+            size, eps, f"{prefix}.post_attention_layernorm", context
+        )
+        self.mlp = MLP(config, f"{prefix}.mlp", context)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """(this layer's MLP output, the residual that it must still be added to)."""
+        if residual is None:
+            hidden, residual = self.input_layernorm(hidden), hidden
+        else:
+            hidden, residual = self.input_layernorm.add(hidden, residual)
+        hidden = self.self_attn(hidden, cos, sin, kv_cache, metadata)
+        hidden, residual = self.post_attention_layernorm.add(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class Decoder(nn.Module):
+    """Token ids to logits, one rank's share. Weights are uninitialised until a loader fills them.
+
+    All ranks call `forward` and `compute_logits` together. Call under torch.inference_mode.
+
+    Args:
+        session_len: longest sequence that will be run.
+
+    Attributes:
+        config: of the whole model.
+        num_kv_heads: on this rank; the KV pools are [slots, num_kv_heads, config.head_dim].
+    """
+
+    # If config.json has none; None means hidden_size / num_attention_heads.
+    default_head_dim: ClassVar[int | None] = None
+
+    def __init__(self, config: ModelConfig, session_len: int, context: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.num_kv_heads = kv_heads_per_rank(config.num_kv_heads, context.parallel)
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, "model.embed_tokens", context
+        )
+        self.rotary = RotaryEmbedding(
+            config.rope, config.head_dim, config.max_position_embeddings, session_len,
+            context.device,
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index, context) for index in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, "model.norm", context)
+        table = self.embed_tokens
+        if not config.tie_word_embeddings:
+            table = VocabParallelEmbedding(
+                config.vocab_size, config.hidden_size, "lm_head", context
+            )
+        self.lm_head = ParallelLMHead(table)
+
+    @classmethod
+    def configure(cls, config: ModelConfig, fields: ConfigFields) -> ModelConfig:
+        """The family's own reading of config.json, on top of the common keys."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_caches: list[tuple[Tensor, Tensor]],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """Run the new tokens of all sequences, writing their K and V into the pools.
+
+        Args:
+            input_ids: int64 [T].
+            positions: int64 [T], each token's place in its sequence.
+            kv_caches: a layer's K pool and V pool [slots, num_kv_heads, head_dim] each.
+            metadata: where the tokens lie.
+
+        Returns:
+            Hidden states after the last norm, [T, hidden_size].
+        """
+        hidden = self.embed_tokens(input_ids)
+        residual: Tensor | None = None
+        cos, sin = self.rotary(positions)
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            hidden, residual = layer(hidden, residual, cos, sin, kv_cache, metadata)
+        assert residual is not None  # num_layers >= 1
+        return self.norm.add(hidden, residual)[0]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Chosen rows of `forward`'s result [rows, hidden_size] -> float32 [rows, vocab_size]."""
+        return self.lm_head(hidden)
+
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        """Where each tensor of a checkpoint goes, by its name there."""
+        slots: dict[str, WeightSlot] = {}
+        for module in self.modules():
+            if module is not self and hasattr(module, "weight_slots"):
+                slots.update(module.weight_slots())
+        return slots
+
+    def process_weights_after_loading(self) -> None:
+        """Call once, when every slot is filled."""
+        for module in self.modules():
+            if isinstance(module, LinearLayer):
+                module.process_weights_after_loading()
+
+    def weight_bytes(self) -> int:
+        """Bytes of this rank's parameters."""
+        unique: dict[int, torch.Tensor] = {id(p): p for p in self.parameters()}
+        return sum(p.numel() * p.element_size() for p in unique.values())
