@@ -1,0 +1,144 @@
+"""A scripted ChatBackend, and a server that shows the real page over it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import uvicorn
+from backend.chat import ChatBackend, Delta, Message, ReplyStats, ServiceStatus
+from backend.config import SamplingParams
+from backend.engine.types import EngineStats, ModelInfo
+from backend.errors import RemoteError, UserError
+from backend.memory import MemoryStatus
+from fastapi import FastAPI
+from ui.build import mount_page
+
+INFO = ModelInfo("LlamaForCausalLM", "cpu", "float32", 8000, 200, 8, 100, 64, 12_000_000, 4096, 1)
+
+
+@dataclass
+class Script:
+    """What the model does with one message."""
+
+    pieces: list[str]
+    hold_at: int | None = None  # before this piece, wait for `go`
+    go: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None  # raised after the pieces
+
+
+class FakeChat:
+    """Answers from `scripts` by the user's last message, else with an echo; remembers calls."""
+
+    def __init__(self) -> None:
+        self.scripts: dict[str, Script] = {}
+        self.seen: list[list[Message]] = []
+        self.sampling: list[SamplingParams] = []
+        self.aborted: list[str] = []
+        self.state = "ready"
+
+    async def models(self) -> list[str]:
+        return ["fake-model"]
+
+    async def status(self) -> ServiceStatus:
+        return ServiceStatus(
+            self.state, "fake-model", "", INFO, EngineStats(num_running=1, num_blocks_free=75),
+            MemoryStatus(6 << 30, 16 << 30, 500 << 20, 12_000_000, 26_214_400))
+
+    async def count_tokens(self, messages: Sequence[Message]) -> int:
+        return sum(len(message["content"].split()) + 4 for message in messages)
+
+    async def stream(
+        self, messages: Sequence[Message], sampling: SamplingParams, *,
+        stop: Sequence[str] = (), model: str | None = None,
+    ) -> AsyncGenerator[Delta, None]:
+        user = messages[-1]["content"]
+        self.seen.append(list(messages))
+        self.sampling.append(sampling)
+        script = self.scripts.get(user) or Script([f"You said **{user}**, ", "and that is all."])
+        stats = ReplyStats(await self.count_tokens(messages), len(script.pieces), 0, 0.12, 34.5)
+        finished = False
+        try:
+            for number, piece in enumerate(script.pieces):
+                while number == script.hold_at and not script.go.is_set():
+                    await asyncio.sleep(0.01)
+                yield Delta(piece)
+                await asyncio.sleep(0)
+            finished = True
+            if script.error:
+                raise script.error
+            yield Delta(finish_reason="stop", stats=stats)
+        finally:
+            if not finished:
+                self.aborted.append(user)
+
+
+@dataclass
+class FakeServices:
+    """What the page needs of backend.services.Services."""
+
+    chat: FakeChat
+    remote: bool = False
+    default_url: str = ""
+
+    def connect(self, url: str, api_key: str) -> ChatBackend:
+        if url != self.default_url:
+            return DeadChat(url)
+        return self.chat
+
+
+class DeadChat(FakeChat):
+    """An address where nothing answers, as `backend.remote` reports it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.error = RemoteError(f"No server answers at {url}.", "Check the address.")
+
+    async def models(self) -> list[str]:
+        raise self.error
+
+    async def status(self) -> ServiceStatus:
+        return ServiceStatus("unreachable", "", str(self.error))
+
+    async def count_tokens(self, messages: Sequence[Message]) -> int:
+        raise self.error
+
+    async def stream(self, *args: object, **kwargs: object) -> AsyncGenerator[Delta, None]:
+        raise self.error
+        yield Delta()
+
+
+@contextmanager
+def serve(services: FakeServices) -> Iterator[str]:
+    """The page over `services` on a free port of this machine; yields its URL."""
+    app = FastAPI()
+
+    @app.get("/api/status")
+    async def status() -> dict[str, object]:
+        return asdict(await services.chat.status())
+
+    mount_page(app, services)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ready = threading.Event()
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            ready.set()
+
+    server = Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    if not ready.wait(60):
+        raise UserError("The test server did not start.")
+    try:
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.should_exit = True
+        thread.join(30)

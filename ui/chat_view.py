@@ -1,0 +1,115 @@
+"""What the chat tab draws: messages, the line under a reply, the context meter. Pure functions."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from typing import Any
+
+from ui.conversations import Conversation, Turn
+from ui.i18n import t
+
+LATEX_DELIMITERS = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+]
+NEARLY_FULL = 0.85  # of the context; from here on the meter warns
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """(thoughts, answer) of a reply that may begin with <think> ... </think>."""
+    match = re.match(r"\s*<think>(.*?)(?:</think>|\Z)(.*)", text, re.DOTALL)
+    return (match[1].strip(), match[2].strip()) if match else ("", text)
+
+
+def chat_messages(
+    conversation: Conversation, locale: str, *, keep: int | None = None, user: str | None = None
+) -> list[dict[str, Any]]:
+    """The Chatbot's value: the first `keep` turns (all of them), then `user` awaiting a reply."""
+    messages: list[dict[str, Any]] = []
+    for turn in conversation.turns[:keep]:
+        messages += _turn_messages(turn, locale)
+    return messages if user is None else [*messages, _message("user", user)]
+
+
+def turn_of_message(conversation: Conversation, locale: str, index: int) -> int | None:
+    """Which turn the Chatbot's message `index` belongs to; None if it shows something older."""
+    for number, turn in enumerate(conversation.turns):
+        index -= len(_turn_messages(turn, locale))
+        if index < 0:
+            return number
+    return None
+
+
+def _turn_messages(turn: Turn, locale: str) -> list[dict[str, Any]]:
+    thoughts, answer = split_reasoning(turn.reply)
+    messages = [_message("user", turn.user)]
+    if thoughts:
+        messages.append(_message("assistant", thoughts))
+        messages[-1]["metadata"] = {"title": t("chat.reasoning", locale), "status": "done"}
+    messages.append(_message("assistant", answer or t("chat.empty_reply", locale)))
+    return messages
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    # A plain string would lose its indentation: Gradio runs inspect.cleandoc over it.
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def live_markdown(text: str) -> str:
+    """A reply in the making; thoughts as a quotation."""
+    thoughts, answer = split_reasoning(text)
+    quoted = "\n".join(f"> {line}" for line in thoughts.splitlines())
+    return f"{quoted}\n\n{answer}" if thoughts else answer
+
+
+def waiting_html(seconds: float, running: int, waiting: int, locale: str) -> str:
+    """What stands in for a reply until its first token."""
+    text = t("chat.waiting", locale, seconds=f"{seconds:.1f}")
+    if waiting:
+        text += " · " + t("chat.waiting_queue", locale, running=running, waiting=waiting)
+    return f'<span class="lmd-waiting">{html.escape(text)}</span>'
+
+
+def stats_line(turn: Turn, locale: str) -> str:
+    """Time to first token, speed, counts and how the reply ended, as one line of plain text."""
+    parts = []
+    if turn.stats is not None:
+        stats = turn.stats
+        parts.append(t("stats.ttft", locale, seconds=f"{stats.ttft_s:.2f}"))
+        if stats.tokens_per_s:
+            parts.append(t("stats.speed", locale, speed=f"{stats.tokens_per_s:.1f}"))
+        parts.append(t("stats.counts", locale, prompt=stats.prompt_tokens,
+                       reply=stats.completion_tokens))
+        if stats.cached_tokens:
+            parts.append(t("stats.cached", locale, cached=stats.cached_tokens))
+    parts.append(t(f"stats.finish.{turn.finish_reason}", locale))
+    return " · ".join(parts)
+
+
+def stats_html(conversation: Conversation, locale: str) -> str:
+    """The lines of all turns as data, which the page's script writes under the replies.
+
+    Not inside the Chatbot's text: its copy button would copy them with the reply.
+    """
+    lines = [stats_line(turn, locale) for turn in conversation.turns]
+    return f'<div data-lines="{html.escape(json.dumps(lines, ensure_ascii=False))}"></div>'
+
+
+def meter_html(tokens: int | None, limit: int | None, locale: str) -> str:
+    """The context meter; empty when the count is not knowable."""
+    if tokens is None:
+        return ""
+    if not limit:
+        return f'<div class="lmd-meter">{t("meter.tokens", locale, tokens=tokens)}</div>'
+    share = min(tokens / limit, 1.0)
+    text = t("meter.of", locale, tokens=tokens, limit=limit)
+    hint = t("meter.nearly_full", locale) if share >= NEARLY_FULL else ""
+    state = " lmd-full" if hint else ""
+    return (
+        f'<div class="lmd-meter{state}" title="{html.escape(hint)}">'
+        f'<span class="lmd-track"><span style="width:{share * 100:.1f}%"></span></span>'
+        f"<span>{text}</span></div>"
+    )

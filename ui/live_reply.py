@@ -1,0 +1,70 @@
+"""A reply while it is being written: a task that collects deltas, looked at by the page.
+
+The page looks ten times a second however fast tokens come, because drawing costs the browser more
+than decoding costs the engine; and Stop only has to cancel the task, wherever the reply is (in the
+queue, in prefill, in the middle of a word).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import aclosing
+
+from backend.chat import ChatBackend, Message, ReplyStats
+from backend.config import SamplingParams
+
+
+class LiveReply:
+    """Starts a reply at once; must be made inside a running event loop.
+
+    Attributes:
+        text: what has come so far.
+        finish_reason, stats: of the last delta, None until then and after a stop.
+        stopped: someone pressed Stop, or the page went away.
+    """
+
+    def __init__(
+        self,
+        backend: ChatBackend,
+        messages: Sequence[Message],
+        sampling: SamplingParams,
+        model: str | None,
+    ) -> None:
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.stats: ReplyStats | None = None
+        self.stopped = False
+        self._task = asyncio.create_task(self._collect(backend, messages, sampling, model))
+
+    async def _collect(
+        self,
+        backend: ChatBackend,
+        messages: Sequence[Message],
+        sampling: SamplingParams,
+        model: str | None,
+    ) -> None:
+        # aclosing: a cancelled task must abort the engine's work now, not at garbage collection.
+        async with aclosing(backend.stream(messages, sampling, model=model)) as deltas:
+            async for delta in deltas:
+                self.text += delta.text
+                if delta.finish_reason:
+                    self.finish_reason, self.stats = delta.finish_reason, delta.stats
+
+    @property
+    def done(self) -> bool:
+        return self._task.done()
+
+    def stop(self) -> None:
+        """End the reply here; what has come is kept."""
+        if not self.done:
+            self.stopped = True
+            self._task.cancel()
+
+    async def wait(self, seconds: float) -> None:
+        """Return when the reply is finished, at the latest after `seconds`."""
+        await asyncio.wait({self._task}, timeout=seconds)
+
+    def error(self) -> BaseException | None:
+        """What ended the reply early; None if nothing did, or a stop. Only when `done`."""
+        return None if self._task.cancelled() else self._task.exception()

@@ -1,0 +1,68 @@
+"""Restful mode: which api_server to talk to, with which key, and which of its models."""
+
+from __future__ import annotations
+
+import logging
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from backend.chat import ChatBackend
+from backend.errors import UserError
+from ui.conversations import Conversation
+from ui.i18n import label, locale_of, t
+
+logger = logging.getLogger(__name__)
+
+
+class RemotePanel:
+    """URL, key and model fields. The key lives in the server's memory only, with its chat."""
+
+    def __init__(self, services: Any) -> None:
+        self.services = services
+        with gr.Group(elem_id="remote"):
+            self.url = gr.Textbox(
+                services.default_url, label=label("remote.url"), elem_id="remote-url")
+            self.api_key = gr.Textbox(
+                label=label("remote.api_key"), info=label("remote.api_key_info"),
+                type="password", elem_id="remote-key",
+                html_attributes=gr.InputHTMLAttributes(autocomplete="off"))
+            self.connect = gr.Button(label("remote.connect"), elem_id="remote-connect", size="sm")
+            self.models = gr.Dropdown(
+                [], label=label("remote.model"), elem_id="remote-model",
+                allow_custom_value=True)
+        self.inputs = (self.url, self.api_key, self.models)
+        gr.on([self.connect.click, self.url.submit, self.api_key.submit], self.on_connect,
+              [self.url, self.api_key], [self.models], show_progress="minimal",
+              concurrency_limit=None, api_visibility="private")
+
+    def wire_load(self, page: gr.Blocks) -> None:
+        page.load(self.on_connect, [self.url, self.api_key], [self.models],
+                  show_progress="hidden", concurrency_limit=None, api_visibility="private")
+
+    async def on_connect(self, url: str, api_key: str, request: gr.Request) -> Any:
+        locale = locale_of(request)
+        try:
+            names = await self._client(url, api_key).models()
+        except UserError as error:
+            gr.Warning(escape(str(error)), title=t("error.title", locale))
+            return gr.update(choices=[], value=None)
+        except Exception:
+            logger.exception("Connecting to an api_server failed")
+            gr.Warning(t("error.internal", locale), title=t("error.title", locale))
+            return gr.update(choices=[], value=None)
+        return gr.update(choices=names, value=names[0] if names else None)
+
+    def backend(self, conversation: Conversation, form: dict[Any, Any]) -> ChatBackend:
+        """The client for the form's URL and key; kept with the conversation while they stay."""
+        target = (form[self.url] or "", form[self.api_key] or "")
+        if conversation.remote is None or conversation.remote[0] != target:
+            conversation.remote = (target, self._client(*target))
+        return conversation.remote[1]
+
+    def model(self, form: dict[Any, Any]) -> str | None:
+        return form[self.models] or None
+
+    def _client(self, url: str, api_key: str) -> ChatBackend:
+        return self.services.connect(url.strip(), api_key.strip())

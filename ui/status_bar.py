@@ -1,0 +1,31 @@
+"""The bar that is always in sight: model, state, memory and queue of the engine.
+
+Its figures are fetched by the page's script as plain JSON from /api/status every two seconds: a
+timer of Gradio's costs the server ten times as much, for every open page.
+"""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from ui.theme import LOGO
+
+# The script fills the empty elements; see assets/ui/page.js.
+TEMPLATE = """
+<header class="lmd-bar">
+  <span class="lmd-brand">{logo}<span>LMDesk</span></span>
+  <span class="lmd-model" data-status="model"></span>
+  <span class="lmd-state" data-status="state" data-state="unknown" role="status"></span>
+  <span class="lmd-detail" data-status="detail"></span>
+  <span class="lmd-gauges">
+    <span class="lmd-gauge" data-status="queue"></span>
+    <span class="lmd-gauge" data-status="kv"></span>
+    <span class="lmd-gauge" data-status="memory"></span>
+  </span>
+</header>
+"""
+
+
+def build_status_bar() -> gr.HTML:
+    """Add the bar to the current layout."""
+    return gr.HTML(TEMPLATE.format(logo=LOGO), elem_id="status-bar", padding=False)
