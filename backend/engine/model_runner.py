@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backend.config import EngineConfig
 from backend.engine import messages
+from backend.engine.ranks import resolve_device
 from backend.engine.sampler import sample
 from backend.engine.step_input import prepare
 from backend.engine.types import Batch, ModelInfo, SampledToken, StepInput
@@ -39,7 +40,7 @@ class ModelRunner:
     def __init__(
         self, config: EngineConfig, parallel: ParallelContext, peers: Items[Connection] = ()
     ) -> None:
-        self.device = _device(config, parallel)
+        self.device = resolve_device(config, parallel.rank)
         model_config = read_model_config(config.model)
         dtype = _dtype(config, model_config, self.device)
         self.model = load_model(config.model, model_config, dtype, self.device, parallel)
@@ -119,7 +120,9 @@ class ModelRunner:
             # More than this can never be in use at once.
             useful = config.max_batch_size * -(-longest // self.block_size)
             num_blocks = min(useful, int(_free_memory(self.device) * count) // block_bytes)
-        num_blocks = int(self._parallel.min_over_ranks(num_blocks))
+        # All ranks must mean the same block by the same number.
+        counts = torch.tensor([[num_blocks]], device=self.device)
+        num_blocks = int(self._parallel.all_gather(counts).min())
         session_len = min(longest, num_blocks * self.block_size)
         if session_len < 16:
             raise UserError(
@@ -137,20 +140,6 @@ class ModelRunner:
             block_size=self.block_size, weight_bytes=weight_bytes * config.tp,
             kv_bytes_per_token=per_token * config.tp, tp=config.tp,
         )
-
-
-def _device(config: EngineConfig, parallel: ParallelContext) -> torch.device:
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise UserError("There is no usable NVIDIA GPU here.", "Use --device cpu.", field="device")
-    if config.device == "cpu" or not available:
-        return torch.device("cpu")
-    if config.tp > torch.cuda.device_count():
-        raise UserError(
-            f"tp is {config.tp}, but there are {torch.cuda.device_count()} GPUs.",
-            "Lower --tp, or use --device cpu.", field="tp")
-    torch.cuda.set_device(parallel.rank)
-    return torch.device("cuda", parallel.rank)
 
 
 def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:

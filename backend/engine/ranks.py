@@ -10,9 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
+import torch
+
 from backend.config import EngineConfig
 from backend.engine import messages
 from backend.engine.launcher import ProcessHandle
+from backend.errors import UserError
 from backend.layers.parallel import ParallelContext
 
 
@@ -49,10 +52,30 @@ def _watch(process: ProcessHandle, on_death: Callable[[], None]) -> None:
 
 
 def join_group(config: EngineConfig, rank: int, rendezvous: str) -> ParallelContext:
-    """Meet the other ranks: NCCL on GPUs, gloo on CPUs, over loopback only."""
+    """Meet the other ranks: NCCL between GPUs, gloo between CPUs, over loopback only."""
     if config.tp == 1:
         return ParallelContext()
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    return ParallelContext.join(rank, config.tp, rendezvous, config.device)
+    device = resolve_device(config, rank)
+    return ParallelContext.connect(rank, config.tp, f"file://{rendezvous}", device)
+
+
+def resolve_device(config: EngineConfig, rank: int) -> torch.device:
+    """The device of a rank.
+
+    Raises:
+        UserError: no GPU where one is asked for, or fewer than ranks.
+    """
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise UserError("There is no usable NVIDIA GPU here.", "Use --device cpu.", field="device")
+    if config.device == "cpu" or not available:
+        return torch.device("cpu")
+    if config.tp > torch.cuda.device_count():
+        raise UserError(
+            f"tp is {config.tp}, but there are {torch.cuda.device_count()} GPUs.",
+            "Lower --tp, or use --device cpu.", field="tp")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
