@@ -1,0 +1,164 @@
+"""The web application: guard, status and, with an engine of our own, the OpenAI routes.
+
+The page is mounted on the same application afterwards, at "/", so that one port (and one tunnel)
+serves people and programs, and one guard stands before both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Match, Route
+
+from backend.config import ServerConfig
+from backend.server import protocol
+from backend.server.auth import Guard
+from backend.server.docs import api_page, body_schema, components
+from backend.server.failures import error_body, install_error_handlers
+from backend.server.limits import Admission, Limits
+from backend.server.metrics import CONTENT_TYPE, CountRequests, Metrics
+from backend.server.openai_routes import OpenAIRoutes
+
+if TYPE_CHECKING:
+    from backend.chat import ChatBackend, ChatService
+
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+# Told to everybody who asks /health, so without the details that /api/status has.
+TROUBLES = {
+    "loading": "The model is being loaded.",
+    "ready": "The engine makes no progress.",
+    "restarting": "The engine died and is being started again.",
+    "failed": "The model could not be loaded; the server's log says why.",
+}
+STATUS_SECONDS = 0.5  # many open pages poll; they share an answer for so long
+
+
+def base_app(
+    backend: ChatBackend, config: ServerConfig, trouble: Callable[[], str]
+) -> FastAPI:
+    """The application without OpenAI's routes, as the page needs it over a remote server.
+
+    Args:
+        backend: what the page talks to; asked for /api/status.
+        config: the final port, and keys as `auth.resolve_keys` leaves them.
+        trouble: why the service cannot answer now, in a sentence; "" when it can.
+
+    Raises:
+        UserError: the server would be open to others without a key.
+    """
+    app = _bare_app(config)
+    _add_status(app, backend, trouble)
+    _add_fallbacks(app)
+    app.add_middleware(Guard, config=config)
+    return app
+
+
+def create_app(
+    chat: ChatService,
+    config: ServerConfig,
+    *,
+    sampling_defaults: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+) -> FastAPI:
+    """The application over an engine of our own.
+
+    Args:
+        chat: answers; its engine is started and stopped by the caller.
+        config: as in `base_app`.
+        sampling_defaults: the model's own defaults (generation_config.json), fields of
+            `SamplingParams`.
+        limits: how much work may be open at a time.
+
+    Raises:
+        UserError: the server would be open to others without a key.
+    """
+    engine, defaults = chat.engine, dict(sampling_defaults or {})
+    metrics = Metrics(lambda: engine.stats, lambda: engine.info.num_blocks if engine.info else 0)
+    routes = OpenAIRoutes(chat, Admission(limits or Limits()), metrics, defaults)
+    page = api_page(chat.model_name, config.server_port, defaults, bool(config.api_keys))
+
+    async def metrics_text(request: Request) -> Response:
+        """Figures for Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    async def docs(request: Request) -> Response:
+        """The API page."""
+        return HTMLResponse(page)
+
+    def trouble() -> str:
+        return "" if engine.healthy() else TROUBLES[engine.state]
+
+    app = _bare_app(config)
+    _add_status(app, chat, trouble)
+    app.add_api_route("/v1/models", routes.list_models, methods=["GET"])
+    app.add_api_route("/v1/models/{model:path}", routes.get_model, methods=["GET"])
+    app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"],
+                      openapi_extra=body_schema(protocol.ChatRequest))
+    app.add_api_route("/v1/completions", routes.completions, methods=["POST"],
+                      openapi_extra=body_schema(protocol.CompletionRequest))
+    app.add_api_route("/metrics", metrics_text, methods=["GET"])
+    app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
+    own = frozenset(str(getattr(route, "path", "")) for route in app.routes)
+    app.openapi()["components"] = {"schemas": components()}  # kept by the application
+    _add_fallbacks(app)
+    # The last added is the outermost: refused requests are counted too.
+    app.add_middleware(Guard, config=config)
+    app.add_middleware(CountRequests, metrics=metrics, routes=own)
+    return app
+
+
+def _bare_app(config: ServerConfig) -> FastAPI:
+    app = FastAPI(
+        title="LMDesk", root_path=config.root_path, docs_url=None, redoc_url=None,
+        # A redirect would be made of the Host header, whatever that says.
+        redirect_slashes=False,
+    )
+    install_error_handlers(app)
+    return app
+
+
+def _add_status(app: FastAPI, backend: ChatBackend, trouble: Callable[[], str]) -> None:
+    """/health for machines, /api/status for the page's status bar."""
+    last: tuple[float, dict[str, Any]] | None = None
+
+    async def health(request: Request) -> Response:
+        """200 while the service can answer, else 503 and why."""
+        if sentence := trouble():
+            return JSONResponse(error_body(503, sentence, "unhealthy"), 503, {"Retry-After": "5"})
+        return JSONResponse({"status": "ok"})
+
+    async def status(request: Request) -> Response:
+        """State, load and memory of the served model."""
+        nonlocal last
+        if last is None or time.monotonic() - last[0] >= STATUS_SECONDS:
+            last = (time.monotonic(), asdict(await backend.status()))
+        return JSONResponse(last[1])
+
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/api/status", status, methods=["GET"])
+
+
+def _add_fallbacks(app: FastAPI) -> None:
+    """Answer 404 and 405 of the API's paths here, as JSON: what matches no route of ours would
+    go to the page that is mounted at "/"."""
+    own = [route for route in app.routes if isinstance(route, Route)]
+
+    async def fallback(request: Request) -> Response:
+        near = [route for route in own if route.matches(request.scope)[0] is Match.PARTIAL]
+        if near:
+            allowed = sorted({method for route in near for method in route.methods or ()})
+            raise HTTPException(
+                405, f"{request.url.path} takes {' or '.join(allowed)}, not {request.method}.",
+                {"Allow": ", ".join(allowed)})
+        raise HTTPException(404, f"There is no {request.url.path} here; see /docs.")
+
+    for path in sorted({route.path for route in own} | {"/v1/{rest:path}", "/api/{rest:path}"}):
+        app.add_route(path, fallback, methods=METHODS, include_in_schema=False)

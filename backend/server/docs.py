@@ -1,0 +1,149 @@
+"""The API page at /docs and the schemas of /openapi.json, made from the request models.
+
+One static page without scripts: it works offline, and cannot disagree with what the server takes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from backend.config import SamplingParams
+from backend.server.protocol import ChatRequest, CompletionRequest, Message, StreamOptions
+from backend.server.strict import Strict, expects
+
+_REF = "#/components/schemas/{model}"
+
+
+def components() -> dict[str, Any]:
+    """JSON schemas of the request bodies, by name."""
+    _, schema = models_json_schema(
+        [(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template=_REF)
+    return schema["$defs"]
+
+
+def body_schema(model: type[Strict]) -> dict[str, Any]:
+    """What tells OpenAPI that a route takes `model`, although it parses its body itself."""
+    content = {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _table(model: type[Strict], defaults: Mapping[str, Any]) -> str:
+    """The fields of `model`, and those that it takes without effect."""
+    sampling = SamplingParams(**defaults)
+    rows = []
+    for name, info in model.model_fields.items():
+        shown = "<em>needed</em>"
+        if not info.is_required():
+            default = getattr(sampling, name, None) if info.default is None else info.default
+            empty = default in (None, (), {})
+            shown = "" if empty else f"<code>{escape(json.dumps(default))}</code>"
+        rows.append(
+            f"<tr><th scope=row><code>{name}</code></th><td>{escape(expects(model, name))}</td>"
+            f"<td>{shown}</td><td>{escape(info.description or '')}</td></tr>")
+    table = ("<table><thead><tr><th>Field<th>Must be<th>Default<th>Meaning</tr></thead><tbody>"
+             + "".join(rows) + "</tbody></table>")
+    notes = [f"<li><code>{name}</code> is accepted without effect: {escape(why)}.</li>"
+             for name, why in model.no_effect.items()]
+    if model.neutral:
+        names = ", ".join(f"<code>{name}</code>" for name in model.neutral)
+        notes.append(f"<li>Accepted only with values that ask for nothing (null, empty, the usual "
+                     f"default): {names}.</li>")
+    return table + (f"<ul>{''.join(notes)}</ul>" if notes else "")
+
+
+def api_page(model: str, port: int, defaults: Mapping[str, Any], needs_key: bool) -> str:
+    """The page as HTML.
+
+    Args:
+        model: its name in the API.
+        port: where the server listens, for the examples.
+        defaults: the model's own sampling defaults.
+        needs_key: whether the examples send a key.
+    """
+    url = f"http://127.0.0.1:{port}"
+    header = '  -H "Authorization: Bearer $LMDESK_API_KEY" \\\n' if needs_key else ""
+    key = 'os.environ["LMDESK_API_KEY"]' if needs_key else '"none"'
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
+    curl = (f"curl {url}/v1/chat/completions \\\n{header}"
+            f"  -H \"Content-Type: application/json\" \\\n  -d '{body}'")
+    python = f"""{'import os' + chr(10) if needs_key else ''}from openai import OpenAI
+
+client = OpenAI(base_url="{url}/v1", api_key={key})
+stream = client.chat.completions.create(
+    model={json.dumps(model)},
+    messages=[{{"role": "user", "content": "Hello!"}}],
+    stream=True,
+)
+for chunk in stream:
+    print(chunk.choices[0].delta.content or "", end="", flush=True)"""
+    routes = "".join(
+        f"<tr><th scope=row><code>{method} {path}</code></th><td>{text}</td></tr>"
+        for method, path, text in _ROUTES)
+    return _PAGE.format(
+        model=escape(model), routes=routes, curl=escape(curl), python=escape(python),
+        chat=_table(ChatRequest, defaults), completions=_table(CompletionRequest, defaults),
+        message=_table(Message, {}), stream_options=_table(StreamOptions, {}))
+
+
+_ROUTES = (
+    ("POST", "/v1/chat/completions", "the assistant's next turn"),
+    ("POST", "/v1/completions", "the continuation of a text"),
+    ("GET", "/v1/models", "the served model"),
+    ("GET", "/v1/models/{model}", "the same, by its name"),
+    ("GET", "/health", "200 while the engine is idle or makes progress, else 503; needs no key"),
+    ("GET", "/metrics", "figures for Prometheus"),
+    ("GET", "/api/status", "state, load and memory, as the status bar shows them"),
+    ("GET", "/openapi.json", "this page for programs"),
+)
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>LMDesk API</title>
+<style>
+body {{ font: 16px/1.55 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto;
+       padding: 0 1rem; color: #1f2430; background: #fff; }}
+code, pre {{ font: .9em/1.5 ui-monospace, Consolas, monospace; }}
+pre {{ background: #f3f4f7; padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; }}
+table {{ border-collapse: collapse; width: 100%; display: block; overflow-x: auto; }}
+th, td {{ text-align: left; vertical-align: top; padding: .35rem .7rem .35rem 0;
+         border-bottom: 1px solid #d9dce3; font-weight: normal; }}
+thead th {{ font-weight: 600; }}
+@media (prefers-color-scheme: dark) {{
+  body {{ color: #e6e8ee; background: #16181d; }}
+  pre {{ background: #22252d; }}
+  th, td {{ border-color: #3a3f4b; }}
+}}
+</style></head><body>
+<h1>LMDesk API</h1>
+<p>OpenAI's interface, for the model <code>{model}</code>. Any OpenAI client works; numbers must be
+numbers, and unknown fields are refused by name, so that no setting is lost by a slip.</p>
+<h2>Routes</h2>
+<table><tbody>{routes}</tbody></table>
+<h2>Examples</h2>
+<pre>{curl}</pre>
+<pre>{python}</pre>
+<h2>POST /v1/chat/completions</h2>
+{chat}
+<h3>A message</h3>
+{message}
+<h3>stream_options</h3>
+{stream_options}
+<h2>POST /v1/completions</h2>
+{completions}
+<h2>Streams</h2>
+<p>With <code>"stream": true</code> the answer comes as server-sent events and ends with
+<code>data: [DONE]</code>. If something fails on the way, the last event is
+<code>data: {{"error": ...}}</code> instead. Closing the connection ends the work at once.</p>
+<h2>Errors</h2>
+<p><code>{{"error": {{"message", "type", "param", "code"}}}}</code> with a true status: 400 bad
+input (<code>param</code> names the field), 401 no or a wrong key, 404 unknown route or model, 405,
+413 a body over 2 MB, 429 too many open replies of one key, 503 the queue is full or the model is
+not ready (<code>Retry-After</code> says when to ask again).</p>
+</body></html>
+"""

@@ -1,0 +1,224 @@
+"""/v1: models, chat completions and completions over `ChatService`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from backend.config import SamplingParams
+from backend.errors import ModelNotFoundError, UserError
+from backend.server import sse
+from backend.server.auth import caller
+from backend.server.body import read_json
+from backend.server.failures import describe
+from backend.server.limits import Admission, Ticket
+from backend.server.metrics import Metrics
+from backend.server.protocol import ChatRequest, CompletionRequest, Generation
+from backend.server.replies import ChatReply, CompletionReply, Reply, usage
+from backend.server.strict import parse, show
+
+if TYPE_CHECKING:
+    from backend.chat import ChatService, Delta, ReplyStats, TokenText
+
+CLIENT_GONE = 499  # nginx's number; nobody is left to read it, but the metrics show it
+
+Deltas = AsyncGenerator[tuple[int, "Delta"], None]
+
+
+class OpenAIRoutes:
+    """Handlers of /v1.
+
+    Args:
+        chat: answers.
+        admission: bounds the open work.
+        metrics: takes the times of replies.
+        sampling_defaults: fields of `SamplingParams` that stand in for those not sent.
+    """
+
+    def __init__(
+        self,
+        chat: ChatService,
+        admission: Admission,
+        metrics: Metrics,
+        sampling_defaults: Mapping[str, Any],
+    ) -> None:
+        self.chat = chat
+        self.admission = admission
+        self.metrics = metrics
+        self.sampling_defaults = sampling_defaults
+        self._created = int(time.time())
+
+    async def list_models(self, request: Request) -> Response:
+        """The served model, as a list of one."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def get_model(self, request: Request, model: str) -> Response:
+        """The served model, by its name."""
+        self._check_model(model)
+        return JSONResponse(self._model())
+
+    async def chat_completions(self, request: Request) -> Response:
+        """The assistant's next turn."""
+        body = parse(ChatRequest, await read_json(request))
+        sampling = self._prepare(body)
+        messages = [message.as_dict() for message in body.messages]
+        reply = ChatReply(self.chat.model_name, body.num_replies, body.include_usage)
+        async with AsyncExitStack() as stack:
+            ticket = stack.enter_context(self.admission.admit(caller(request), body.num_replies))
+            prompts = [await self.chat.encode_chat(messages)]
+            return await self._answer(request, body, reply, prompts, sampling, ticket, stack)
+
+    async def completions(self, request: Request) -> Response:
+        """The continuation of a text."""
+        body = parse(CompletionRequest, await read_json(request))
+        sampling = self._prepare(body)
+        replies = body.num_replies * len(body.prompt)
+        async with AsyncExitStack() as stack:
+            ticket = stack.enter_context(self.admission.admit(caller(request), replies))
+            prompts = [await self.chat.encode_prompt(prompt) for prompt in body.prompt]
+            echoes = [self._text(prompt) for prompt in body.prompt] if body.echo else None
+            reply = CompletionReply(
+                self.chat.model_name, body.num_replies, body.include_usage, echoes)
+            try:
+                return await self._answer(request, body, reply, prompts, sampling, ticket, stack)
+            except UserError as error:
+                if error.field == "messages":  # as the chat service calls what it was given
+                    error.field = "prompt"
+                raise
+
+    def _model(self) -> dict[str, Any]:
+        info = self.chat.engine.info
+        return {
+            "id": self.chat.model_name, "object": "model", "created": self._created,
+            "owned_by": "lmdesk", "max_model_len": info.session_len if info else None,
+        }
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.chat.model_name:
+            raise ModelNotFoundError(
+                f"The model {show(name)} is not served here.",
+                f"This server has {show(self.chat.model_name)}.", field="model")
+
+    def _prepare(self, body: Generation) -> SamplingParams:
+        """Refuse what can be refused before any work; the sampling of the rest."""
+        self._check_model(body.model)
+        body.check()
+        sampling = body.sampling(self.sampling_defaults)
+        self.chat.engine.require_ready()
+        return sampling
+
+    def _text(self, prompt: str | list[int]) -> str:
+        """A prompt as text, for `echo`."""
+        if isinstance(prompt, str):
+            return prompt
+        size = self.chat.engine.require_ready().vocab_size
+        known = (token for token in prompt if 0 <= token < size)  # others are refused in a moment
+        raw = b"".join(map(self.chat.tokenizer.token_bytes, known))
+        return raw.decode("utf-8", errors="replace")
+
+    async def _answer(
+        self,
+        request: Request,
+        body: Generation,
+        reply: Reply,
+        prompts: list[list[int]],
+        sampling: SamplingParams,
+        ticket: Ticket,
+        stack: AsyncExitStack,
+    ) -> Response:
+        """Run `n` replies to each prompt. `stack` holds what must end with the request."""
+        n = body.num_replies
+        ticket.set_prompts([len(prompt) for prompt in prompts for _ in range(n)])
+        salt = caller(request)
+        deltas = await stack.enter_async_context(aclosing(sse.interleave([
+            self._one(prompt, _nth_seed(sampling, i), body.stop, salt, ticket)
+            for prompt in prompts for i in range(n)])))
+        count = n * len(prompts)
+        try:
+            if not body.stream:
+                whole = await sse.until_gone(request.receive, _collect(deltas, count, reply))
+                return JSONResponse(whole)
+            events = await stack.enter_async_context(aclosing(_events(deltas, count, reply)))
+            # Headers wait for the first event: bad input and a dead engine get their true status.
+            first = await sse.until_gone(request.receive, anext(events))
+            return sse.EventStream(first, events, stack.pop_all())
+        except sse.ClientGone:
+            return Response(status_code=CLIENT_GONE)
+
+    async def _one(
+        self, prompt: list[int], sampling: SamplingParams, stop: tuple[str, ...], salt: str,
+        ticket: Ticket,
+    ) -> AsyncGenerator[Delta, None]:
+        """One reply, timed."""
+        started = last = self.metrics.clock()
+        waiting = True
+        stream = self.chat.stream_ids(prompt, sampling, stop=stop, cache_salt=salt)
+        async with aclosing(stream):
+            async for delta in stream:
+                now = self.metrics.clock()
+                if waiting:
+                    waiting = False
+                    ticket.started(len(prompt))
+                    self.metrics.first_token.observe(now - started)
+                else:
+                    self.metrics.between.observe(now - last)
+                last = now
+                yield delta
+        self.metrics.whole.observe(last - started)
+
+
+def _nth_seed(sampling: SamplingParams, i: int) -> SamplingParams:
+    """The sampling of the i-th reply to a prompt: another seed, but one that is known."""
+    if sampling.seed is None or i == 0:
+        return sampling
+    seed = (sampling.seed + i + (1 << 63)) % (1 << 64) - (1 << 63)  # stays within 64 bits
+    return replace(sampling, seed=seed)
+
+
+async def _collect(deltas: Deltas, count: int, reply: Reply) -> dict[str, Any]:
+    """The complete answer."""
+    texts: list[list[str]] = [[] for _ in range(count)]
+    tokens: dict[int, list[TokenText]] = {}
+    reasons = ["stop"] * count
+    stats: dict[int, ReplyStats] = {}
+    async for index, delta in deltas:
+        texts[index].append(delta.text)
+        if delta.logprobs is not None:
+            tokens.setdefault(index, []).extend(delta.logprobs)
+        if delta.finish_reason is not None and delta.stats is not None:
+            reasons[index], stats[index] = delta.finish_reason, delta.stats
+    choices = [
+        reply.choice(i, "".join(texts[i]), tokens.get(i), reasons[i]) for i in range(count)]
+    return reply.complete(choices, usage([stats[i] for i in range(count)], reply.n))
+
+
+async def _events(deltas: Deltas, count: int, reply: Reply) -> AsyncGenerator[bytes, None]:
+    """The answer as server-sent events. An error before the first of them is raised, a later one
+    is sent as an event, and then there is no [DONE]."""
+    stats: dict[int, ReplyStats] = {}
+    opened: set[int] = set()
+    try:
+        async for index, delta in deltas:
+            if index not in opened:
+                opened.add(index)
+                if opening := reply.opening(index):
+                    yield sse.event(opening)
+            if delta.text or delta.logprobs:
+                yield sse.event(reply.chunk(index, delta))
+            if delta.finish_reason is not None and delta.stats is not None:
+                stats[index] = delta.stats
+                yield sse.event(reply.closing(index, delta.finish_reason))
+    except Exception as error:
+        if not opened:
+            raise
+        yield sse.event(describe(error)[1])
+        return
+    if reply.with_usage:
+        yield sse.event(reply.usage_chunk(usage([stats[i] for i in range(count)], reply.n)))
+    yield sse.DONE

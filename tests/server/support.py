@@ -1,0 +1,150 @@
+"""The real application under uvicorn on a port of its own, over an engine with a scripted model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import httpx
+import uvicorn
+from openai import OpenAI
+
+from backend.chat import ChatService
+from backend.config import EngineConfig, ServerConfig
+from backend.engine.async_engine import AsyncEngine
+from backend.engine.engine import Engine
+from backend.engine.launcher import ThreadHandle
+from backend.engine.types import Sequence
+from backend.server.api import create_app
+from backend.server.limits import Limits
+from tests.fake_model import FakeRunner, fake_info
+
+EOS = 257
+NAME = "fake-model"
+
+
+class ByteTokenizer:
+    """One token a byte; 256 begins a text, 257 ends a reply."""
+
+    eos_token_ids = (EOS,)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return ([256] if add_special_tokens else []) + list(text.encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
+
+class LastMessage:
+    """A chat template that shows the last message only."""
+
+    def render(self, messages: Any, **options: Any) -> str:
+        return messages[-1]["content"]
+
+
+class Script:
+    """What the model says, by the beginning of the prompt.
+
+    random: 20 letters by the request's seed. endless: never ends. crash: fails after three tokens.
+    slow: a token each time that `steps` is released. Anything else is echoed.
+    """
+
+    def __init__(self) -> None:
+        self.steps = threading.Semaphore(0)
+
+    def next_token(self, seq: Sequence) -> int:
+        prompt = bytes(t for t in seq.request.prompt_token_ids if t < 256)
+        at = seq.num_output_tokens
+        if prompt.startswith(b"random"):
+            return EOS if at == 20 else ord("a") + seq.random.randrange(26)
+        if prompt.startswith(b"endless"):
+            return ord("a") + at % 26
+        if prompt.startswith(b"crash") and at == 3:
+            raise RuntimeError("the script says so")
+        if prompt.startswith(b"slow"):
+            self.steps.acquire()
+        return prompt[at] if at < len(prompt) else EOS
+
+    def build(self, config: EngineConfig) -> Engine:
+        info = fake_info(session_len=2048, num_blocks=4096)
+        return Engine(FakeRunner(info, self.next_token))
+
+
+class Served:
+    """A running server and ways to talk to it."""
+
+    def __init__(self, config: ServerConfig, limits: Limits | None) -> None:
+        self.config = config
+        self.script = Script()
+        self.engine = AsyncEngine(EngineConfig("fake"), partial(ThreadHandle, self.script.build))
+        self.chat = ChatService(
+            self.engine, ByteTokenizer(), LastMessage(), NAME)  # type: ignore[arg-type]
+        self.app = create_app(
+            self.chat, config, limits=limits, sampling_defaults={"temperature": 0.5})
+        self.loop = asyncio.new_event_loop()
+        self.server = uvicorn.Server(uvicorn.Config(
+            self.app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+        self._thread = threading.Thread(target=self.loop.run_until_complete, args=(self._serve(),))
+        self._up = threading.Event()
+
+    async def _serve(self) -> None:
+        await self.engine.start()
+        await self.engine.wait_ready()
+        serving = asyncio.create_task(self.server.serve())
+        while not self.server.started:
+            await asyncio.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self._up.set()
+        await serving
+        await self.engine.stop()
+
+    def __enter__(self) -> Served:
+        self._thread.start()
+        assert self._up.wait(60)
+        self.url = f"http://127.0.0.1:{self.port}"
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for _ in range(10_000):
+            self.script.steps.release()
+        self.server.should_exit = True
+        self._thread.join(30)
+
+    def client(self, api_key: str = "none", **options: Any) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60,
+                      **options)
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **options)
+
+    def run(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        """Run in the server's own loop."""
+        return asyncio.run_coroutine_threadsafe(work(), self.loop).result(60)
+
+    def eventually(self, condition: Callable[[], bool]) -> None:
+        """Wait, within bounds, for what other threads bring about."""
+        async def work() -> None:
+            for _ in range(3000):
+                if condition():
+                    return
+                await asyncio.sleep(0.01)
+            raise AssertionError("it did not come about")
+        self.run(work)
+
+    def idle(self) -> bool:
+        """Whether the engine has nothing left to do, as it says itself."""
+        stats = self.engine.stats
+        return not self.engine._streams and (
+            stats is None or stats.num_running == stats.num_waiting == 0)
+
+
+@contextmanager
+def serve(limits: Limits | None = None, **config: Any) -> Iterator[Served]:
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    with Served(ServerConfig(**config), limits) as served:
+        yield served
