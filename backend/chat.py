@@ -14,8 +14,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from backend.config import SamplingParams
 from backend.chat_template import ChatTemplate
+from backend.config import SamplingParams
 from backend.detokenizer import Detokenizer
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.types import EngineStats, ModelInfo, Request, StepOutput, TokenLogprob
@@ -116,15 +116,21 @@ class ChatService:
     async def status(self) -> ServiceStatus:
         engine = self.engine
         return ServiceStatus(
-            engine.state, self.model_name, engine.detail, engine.info, engine.stats,
+            engine.state,
+            self.model_name,
+            engine.detail,
+            engine.info,
+            engine.stats,
             memory_status(engine.pid, engine.info),
         )
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the reply begins."""
+
         def work() -> list[int]:
             text = self.template.render(messages)
             return self.tokenizer.encode(text, add_special_tokens=False)
+
         return await asyncio.to_thread(work)
 
     async def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
@@ -170,8 +176,11 @@ class ChatService:
         info = self.engine.require_ready()
         sampling = self._fit(prompt_token_ids, sampling, info)
         request = Request(
-            uuid.uuid4().hex, prompt_token_ids, sampling,
-            list(self.tokenizer.eos_token_ids), cache_salt,
+            uuid.uuid4().hex,
+            prompt_token_ids,
+            sampling,
+            list(self.tokenizer.eos_token_ids),
+            cache_salt,
         )
         text = Detokenizer(self.tokenizer, stop=stop)
         stats = ReplyStats(len(prompt_token_ids), 0)
@@ -201,7 +210,8 @@ class ChatService:
         wrong = next((i for i in ids if not 0 <= i < info.vocab_size), None)
         if wrong is not None:
             raise UserError(
-                f"Token id {wrong} is outside the vocabulary of {info.vocab_size}.", field="prompt")
+                f"Token id {wrong} is outside the vocabulary of {info.vocab_size}.", field="prompt"
+            )
         room = info.session_len - len(ids)
         if room < 1:
             raise ContextLengthError(
@@ -215,12 +225,14 @@ class ChatService:
             if wrong is not None:
                 raise UserError(
                     f"Token id {wrong} in {name} is outside the vocabulary of {info.vocab_size}.",
-                    field=name)
+                    field=name,
+                )
         max_tokens = min(sampling.max_tokens or room, room)
         if sampling.min_tokens > max_tokens:
             raise UserError(
                 f"min_tokens is {sampling.min_tokens}, but at most {max_tokens} tokens may follow.",
-                field="min_tokens")
+                field="min_tokens",
+            )
         return replace(sampling, max_tokens=max_tokens)
 
     def _delta(self, output: StepOutput, text: Detokenizer) -> Delta:
@@ -238,7 +250,7 @@ class ChatService:
         if output.logprobs is not None:
             shown = output.logprobs[:-1] if stopped else output.logprobs
             logprobs = [self._token_text(entry) for entry in shown]
-        return Delta(piece, reason, logprobs)  # type: ignore[arg-type]
+        return Delta(piece, reason, logprobs)
 
     def _token_text(self, entry: TokenLogprob) -> TokenText:
         def show(token_id: int) -> tuple[str, list[int]]:

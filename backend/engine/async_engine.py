@@ -199,9 +199,12 @@ class AsyncEngine:
     def _fail_streams(self) -> None:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.put_nowait(EngineDeadError(
-                "The engine stopped while it worked on this request.",
-                "Send it again; the model is being loaded anew."))
+            stream.put_nowait(
+                EngineDeadError(
+                    "The engine stopped while it worked on this request.",
+                    "Send it again; the model is being loaded anew.",
+                )
+            )
 
     def _on_death(self, epoch: int) -> None:
         if epoch != self.epoch or self._stopping or self.state == "failed":
@@ -216,8 +219,10 @@ class AsyncEngine:
         self._deaths.append(now)
         if recent >= len(RESTART_DELAYS_S):
             self.state = "failed"
-            self.detail = (f"The engine died {recent + 1} times within "
-                           f"{DEATH_WINDOW_S / 60:.0f} minutes; see its log.")
+            self.detail = (
+                f"The engine died {recent + 1} times within "
+                f"{DEATH_WINDOW_S / 60:.0f} minutes; see its log."
+            )
             self._settled.set()
             return
         log.error("The engine (process %s) died; starting it again.", self._handle.pid)

@@ -67,13 +67,15 @@ class Engine:
             raise ValueError(f"A token id is outside the vocabulary of {info.vocab_size}.")
         eos = () if sampling.ignore_eos else request.eos_token_ids
         seed = sampling.seed if sampling.seed is not None else self._random.getrandbits(64)
-        self.scheduler.add(Sequence(
-            request=request,
-            token_ids=list(prompt),
-            stop_ids=frozenset((*sampling.stop_token_ids, *eos)),
-            max_tokens=min(sampling.max_tokens or room, room),
-            random=random.Random(seed),
-        ))
+        self.scheduler.add(
+            Sequence(
+                request=request,
+                token_ids=list(prompt),
+                stop_ids=frozenset((*sampling.stop_token_ids, *eos)),
+                max_tokens=min(sampling.max_tokens or room, room),
+                random=random.Random(seed),
+            )
+        )
 
     def abort_request(self, request_id: str) -> None:
         """Forget a request at once, wherever it is. Unknown ids (just finished) are no error."""
@@ -86,7 +88,7 @@ class Engine:
         return self.scheduler.gauges()
 
     def step(self) -> list[StepOutput]:
-        """Compute one batch; returns what it brought, nothing for prompts that are still partial."""
+        """Compute one batch; returns what it brought: nothing for prompts still partial."""
         batch = self.scheduler.schedule()
         sampled = self.runner.execute(batch) if batch.scheduled else []
         return self.scheduler.update(batch, sampled)

@@ -41,7 +41,10 @@ class ProcessHandle:
         self.connection, theirs = Pipe()
         fd = theirs.fileno()
         self._process = subprocess.Popen(
-            [*command, str(fd), *arguments], pass_fds=[fd], stdin=subprocess.DEVNULL, cwd=PROJECT,
+            [*command, str(fd), *arguments],
+            pass_fds=[fd],
+            stdin=subprocess.DEVNULL,
+            cwd=PROJECT,
         )
         theirs.close()
         self.pid = self._process.pid
@@ -65,7 +68,8 @@ class ThreadHandle:
         self.connection, theirs = Pipe()
         self.pid = os.getpid()
         self._thread = threading.Thread(
-            target=self._run, args=(theirs, build), name="engine", daemon=True)
+            target=self._run, args=(theirs, build), name="engine", daemon=True
+        )
         self._thread.start()
 
     @staticmethod

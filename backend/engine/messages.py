@@ -6,8 +6,6 @@ a dead engine can be told from the living one's and dropped.
 
 from __future__ import annotations
 
-from typing import Union
-
 import msgspec
 
 from backend.config import EngineConfig
@@ -65,8 +63,8 @@ class Outputs(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
-Command = Union[Start, StartRank, AddRequest, AbortRequest, Shutdown]
-Event = Union[Ready, LoadFailed, Outputs]
+Command = Start | StartRank | AddRequest | AbortRequest | Shutdown
+Event = Ready | LoadFailed | Outputs
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

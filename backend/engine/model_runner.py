@@ -19,7 +19,8 @@ from backend.engine.types import Batch, ModelInfo, SampledToken, StepInput
 from backend.errors import UserError
 from backend.layers.parallel import ParallelContext
 from backend.models.loader import load_model
-from backend.models.model_config import ModelConfig, read_model_config
+from backend.models.model_config import ModelConfig
+from backend.models.registry import read_model_config
 from kernels.ops import AttentionMetadata
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class ModelRunner:
         self.device = resolve_device(config, parallel.rank)
         model_config = read_model_config(config.model)
         dtype = _dtype(config, model_config, self.device)
-        self.model = load_model(config.model, model_config, dtype, self.device, parallel)
+        self.model, _ = load_model(config.model, dtype, self.device, parallel, config.session_len)
         self.block_size = config.cache_block_seq_len
         self._parallel = parallel
         self._peers = peers
@@ -51,14 +52,20 @@ class ModelRunner:
         slots = self.info.num_blocks * self.block_size
         shape = (slots, self.model.num_kv_heads, model_config.head_dim)
         self.kv_caches = [
-            (torch.empty(shape, dtype=dtype, device=self.device),
-             torch.empty(shape, dtype=dtype, device=self.device))
-            for _ in range(model_config.num_hidden_layers)
+            (
+                torch.empty(shape, dtype=dtype, device=self.device),
+                torch.empty(shape, dtype=dtype, device=self.device),
+            )
+            for _ in range(model_config.num_layers)
         ]
         log.info(
             "%s, %s on %s: weights %.2f GB; KV cache %d blocks of %d tokens, %d bytes a token",
-            model_config.architecture, self.info.dtype, self.info.device,
-            self.info.weight_bytes / 1e9, self.info.num_blocks, self.block_size,
+            model_config.architecture,
+            self.info.dtype,
+            self.info.device,
+            self.info.weight_bytes / 1e9,
+            self.info.num_blocks,
+            self.block_size,
             self.info.kv_bytes_per_token,
         )
 
@@ -68,8 +75,11 @@ class ModelRunner:
         for peer in self._peers:
             peer.send_bytes(messages.encode(step))
         logits = self.forward(step)
-        return sample(logits, [s.sequence for s in batch.scheduled if s.samples]) if (
-            step.sample_rows) else []
+        return (
+            sample(logits, [s.sequence for s in batch.scheduled if s.samples])
+            if (step.sample_rows)
+            else []
+        )
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> Tensor:
@@ -108,9 +118,14 @@ class ModelRunner:
         self, config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype
     ) -> ModelInfo:
         """How many blocks there are, and with them how long a conversation may be."""
-        weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        per_token = (2 * model_config.num_hidden_layers * self.model.num_kv_heads
-                     * model_config.head_dim * dtype.itemsize)
+        weight_bytes = self.model.weight_bytes()
+        per_token = (
+            2
+            * model_config.num_layers
+            * self.model.num_kv_heads
+            * model_config.head_dim
+            * dtype.itemsize
+        )
         block_bytes = per_token * self.block_size
         longest = config.session_len or model_config.max_position_embeddings
         count = config.cache_max_entry_count
@@ -128,27 +143,41 @@ class ModelRunner:
             raise UserError(
                 f"The KV cache has room for {session_len} tokens only.",
                 "Raise cache_max_entry_count, or free memory on the device.",
-                field="cache_max_entry_count")
+                field="cache_max_entry_count",
+            )
         if session_len < longest:
-            log.warning("The KV cache holds %d tokens, so a conversation may have that many, not "
-                        "%d.", session_len, longest)
+            log.warning(
+                "The KV cache holds %d tokens, so a conversation may have that many, not %d.",
+                session_len,
+                longest,
+            )
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return ModelInfo(
-            architecture=model_config.architecture, device=name, dtype=str(dtype).split(".")[-1],
-            vocab_size=model_config.vocab_size, session_len=session_len,
-            max_batch_size=config.max_batch_size, num_blocks=num_blocks,
-            block_size=self.block_size, weight_bytes=weight_bytes * config.tp,
-            kv_bytes_per_token=per_token * config.tp, tp=config.tp,
+            architecture=model_config.architecture,
+            device=name,
+            dtype=str(dtype).split(".")[-1],
+            vocab_size=model_config.vocab_size,
+            session_len=session_len,
+            max_batch_size=config.max_batch_size,
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            weight_bytes=weight_bytes * config.tp,
+            kv_bytes_per_token=per_token * config.tp,
+            tp=config.tp,
         )
 
 
 def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    if device.type == "cuda":
-        return model.dtype
-    has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.bfloat16 if has_bf16 and model.dtype != torch.float32 else torch.float32
+    stored: torch.dtype = getattr(torch, model.dtype)
+    if device.type == "cuda" or stored == torch.float32:
+        return stored
+    # Without instructions for bfloat16, a CPU is faster in float32.
+    capabilities: dict[str, bool] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # since torch 2.12
+    return torch.bfloat16 if capabilities.get("avx512_bf16") else torch.float32
 
 
 def _free_memory(device: torch.device) -> int:

@@ -76,6 +76,8 @@ def resolve_device(config: EngineConfig, rank: int) -> torch.device:
     if config.tp > torch.cuda.device_count():
         raise UserError(
             f"tp is {config.tp}, but there are {torch.cuda.device_count()} GPUs.",
-            "Lower --tp, or use --device cpu.", field="tp")
+            "Lower --tp, or use --device cpu.",
+            field="tp",
+        )
     torch.cuda.set_device(rank)
     return torch.device("cuda", rank)

@@ -8,6 +8,8 @@ batch. Log-probabilities reported are the model's own, before all of this.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -84,16 +86,19 @@ def _adjust(row: Tensor, seq: Sequence) -> None:
 def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
     """Token ids [n] drawn from logits [n, vocab]."""
     vocab = logits.shape[-1]
-    column = {"device": logits.device, "dtype": torch.float32}
-    temperature = torch.tensor([[p.temperature] for p in params], **column)
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor([[v] for v in values], device=logits.device, dtype=torch.float32)
+
+    temperature = column(p.temperature for p in params)
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
     probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     uniform = torch.tensor(uniforms, device=logits.device, dtype=torch.float64).unsqueeze(1)
     if all(p.top_k == 0 and p.top_p >= 1.0 and p.min_p == 0.0 for p in params):
         return _invert(probs, uniform).tolist()
     top_k = torch.tensor([[min(p.top_k or vocab, vocab)] for p in params], device=logits.device)
-    top_p = torch.tensor([[p.top_p] for p in params], **column)
-    min_p = torch.tensor([[p.min_p] for p in params], **column)
+    top_p = column(p.top_p for p in params)
+    min_p = column(p.min_p for p in params)
     width = min(vocab, FIRST_CANDIDATES)
     ranked, ids = probs.topk(width)
     reaches = (top_k == vocab) & (ranked.sum(-1, keepdim=True) > top_p)

@@ -115,7 +115,8 @@ class Scheduler:
     def _decoding(self) -> list[Sequence]:
         """Sequences that lack only their last token; a copy, because preemption changes queues."""
         return [
-            seq for seq in self.running.values()
+            seq
+            for seq in self.running.values()
             if seq.num_computed_tokens == len(seq.token_ids) - 1
         ]
 
