@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,11 +30,12 @@ class TransformersReader:
         self.max_tokens = max_tokens
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 str(model_dir), dtype=torch.float32 if self.device == "cpu" else "auto"
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"The model {model_dir} cannot be loaded: {error}") from error
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"The model {model_dir} cannot be loaded: {reason}") from error
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model = model.to(self.device).eval()
