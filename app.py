@@ -1,0 +1,147 @@
+"""LMDesk's command line: parses, builds the services, runs one command.
+
+python app.py [MODEL]                          page and API on one port; the bundled model
+python app.py serve api_server MODEL           the API alone
+python app.py serve gradio http://HOST:PORT    the page over a remote api_server
+python app.py chat MODEL                       in the terminal
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backend import config
+from backend.config import EngineConfig, SamplingParams, ServerConfig
+from backend.errors import UserError
+
+if TYPE_CHECKING:
+    from backend.services import Services
+
+BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "demo_model"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 2 for bad input, as argparse does."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return asyncio.run(args.run(args))
+    except UserError as error:
+        print(f"lmdesk: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Without a command it is `run`; `--server_name` is `--server-name`."""
+    if not argv or argv[0] not in ("run", "serve", "chat", "-h", "--help"):
+        argv = ["run", *argv]
+    flags = [word.partition("=") for word in argv]
+    argv = [
+        (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value
+        for flag, equals, value in flags
+    ]
+    parser = argparse.ArgumentParser(
+        "app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _command(commands, "run", "page and API on one port", run_page, EngineConfig, ServerConfig)
+    serve = commands.add_parser("serve", help="a server: api_server or gradio")
+    kinds = serve.add_subparsers(required=True, metavar="api_server|gradio")
+    text = "the OpenAI-compatible API"
+    _command(kinds, "api_server", text, run_api_server, EngineConfig, ServerConfig)
+    text = "the page, over the api_server at a URL or with a model of its own"
+    _command(kinds, "gradio", text, run_page, EngineConfig, ServerConfig)
+    chat = _command(commands, "chat", "in the terminal", run_chat, EngineConfig, SamplingParams)
+    chat.add_argument("--system", help="system prompt")
+    chat.add_argument("--api-key", default="", help="key of the api_server, if MODEL is a URL")
+    return parser.parse_args(argv)
+
+
+def _command(group, name: str, help: str, run, *settings: type) -> argparse.ArgumentParser:
+    sub = group.add_parser(name, help=help, description=help, allow_abbrev=False)
+    sub.set_defaults(run=run)
+    for cls in settings:
+        config.add_arguments(sub, cls)
+    text = "run the engine in this process instead of a child"
+    sub.add_argument("--inline", action="store_true", help=text)
+    return sub
+
+
+def open_services(args: argparse.Namespace, api_key: str = "") -> Services:
+    """Services for the positional target: a URL (or host:port that is no folder), or a model."""
+    from backend.engine.launcher import ProcessHandle, ThreadHandle
+    from backend.services import local_services, remote_services
+
+    target = os.path.expanduser(getattr(args, "model", str(BUNDLED_MODEL)))
+    is_address = target.rpartition(":")[2].isdigit() and not os.path.exists(target)
+    if "://" in target or is_address:
+        return remote_services(target, api_key)
+    # The engine's process has another working directory.
+    engine = replace(config.from_namespace(EngineConfig, args), model=os.path.abspath(target))
+    name = getattr(args, "model_name", None) or os.path.basename(engine.model)
+    return local_services(engine, name, ThreadHandle if args.inline else ProcessHandle)
+
+
+async def run_page(args: argparse.Namespace) -> int:
+    """The page; over an engine of our own the API is beside it."""
+    server = config.from_namespace(ServerConfig, args)
+    services = open_services(args, next(iter(server.api_keys), ""))
+    if services.remote:
+        server = replace(server, api_keys=())  # those were for the remote server
+    return await serve(services, server, hasattr(args, "server_port"), with_page=True)
+
+
+async def run_api_server(args: argparse.Namespace) -> int:
+    """The API alone."""
+    server = config.from_namespace(ServerConfig, args, server_port=23333)
+    services = open_services(args)
+    if services.remote:
+        raise UserError(f"{args.model} is a server already.", "Name a model's folder.")
+    return await serve(services, server, fixed_port=True, with_page=False)
+
+
+async def run_chat(args: argparse.Namespace) -> int:
+    """Chat in the terminal, until the user leaves."""
+    from backend.console import chat
+
+    services = open_services(args, args.api_key)
+    defaults = {"max_tokens": 512, **services.sampling_defaults}
+    sampling = config.from_namespace(SamplingParams, args, **defaults)
+    async with services:
+        await services.ready()
+        await chat(services.chat, sampling, system=args.system)
+    return 0
+
+
+async def serve(services: Services, server: ServerConfig, fixed_port: bool, with_page: bool) -> int:
+    """Listen, say where, and serve until told to stop."""
+    from backend.server.api import base_app, create_app
+    from backend.server.auth import resolve_keys
+    from backend.server.listen import bind, serve_forever
+
+    sock, server = bind(server, fixed_port)
+    server = resolve_keys(server)
+    async with services:  # the engine loads its model while the page is being built
+        if services.local is None:
+            app = base_app(services.chat, server, lambda: "")
+        else:
+            app = create_app(services.local, server, sampling_defaults=services.sampling_defaults)
+        if with_page:
+            from ui.build import mount_page
+
+            app = mount_page(app, services, server.root_path)
+        await serve_forever(app, sock, server, services, with_page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Listen, say where and how to get there, and serve until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import getpass
+import os
+import socket
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+
+from backend.config import ServerConfig
+from backend.errors import UserError
+
+if TYPE_CHECKING:
+    from backend.services import Services
+
+PORTS_TO_TRY = 100
+MAX_HEADER_BYTES = 16 << 10
+SHUTDOWN_SECONDS = 5  # for replies that are being sent
+
+
+def bind(config: ServerConfig, fixed_port: bool) -> tuple[socket.socket, ServerConfig]:
+    """A listening socket for `config`, and the config with the port that it really got.
+
+    Args:
+        fixed_port: the port was asked for; else the next free one will do.
+
+    Raises:
+        UserError: the port is busy, not ours to use, or the address is not this machine's.
+    """
+    ports = (
+        [config.server_port]
+        if fixed_port
+        else range(config.server_port, min(config.server_port + PORTS_TO_TRY, 65536))
+    )
+    for port in ports:
+        try:
+            return _bind(config.server_name, port, config)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise _sentence(config.server_name, port, error) from error
+    last = (
+        f"Port {config.server_port} is" if fixed_port else f"All ports {ports[0]}-{ports[-1]} are"
+    )
+    raise UserError(
+        f"{last} in use on {config.server_name}.",
+        "Stop the program that listens there, or choose another with --server-port.",
+        field="server_port",
+    )
+
+
+def _bind(host: str, port: int, config: ServerConfig) -> tuple[socket.socket, ServerConfig]:
+    family, _, _, _, address = socket.getaddrinfo(
+        host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        # Listening at once: on Linux two sockets may be bound to a port while none listens.
+        sock.listen(2048)
+    except OSError:
+        sock.close()
+        raise
+    return sock, replace(config, server_port=sock.getsockname()[1])
+
+
+def _sentence(host: str, port: int, error: OSError) -> UserError:
+    if error.errno == errno.EACCES:
+        return UserError(
+            f"Port {port} may be used by the administrator only.",
+            "Choose one above 1023 with --server-port.",
+            field="server_port",
+        )
+    return UserError(
+        f"{host} is not an address of this machine.",
+        "Use 127.0.0.1, or 0.0.0.0 for all addresses.",
+        field="server_name",
+    )
+
+
+def local_url(config: ServerConfig) -> str:
+    """The server's address for a client on this machine."""
+    host = config.server_name.strip("[]")
+    if host in ("0.0.0.0", "::", ""):
+        host = "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.server_port}"
+
+
+def tunnel_line(config: ServerConfig) -> str:
+    """The command that brings the server's port to another computer by ssh.
+
+    Host and port are those of the ssh session that this process was started in, if it was.
+    """
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    host, ssh_port = (
+        (connection[2], connection[3]) if len(connection) == 4 else (socket.gethostname(), "22")
+    )
+    port = config.server_port
+    option = "" if ssh_port == "22" else f" -p {ssh_port}"
+    return f"ssh -CNL {port}:127.0.0.1:{port} {_user()}@{host}{option}"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        return "USER"
+
+
+async def serve_forever(
+    app: FastAPI, sock: socket.socket, config: ServerConfig, services: Services, with_page: bool
+) -> None:
+    """Serve `app` until a signal comes; print the addresses once messages can be answered.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        )
+    )
+
+    async def announce() -> None:
+        try:
+            what = await services.ready()
+            print(announcement(config, what, with_page, services.local is not None), flush=True)
+        except UserError:
+            server.should_exit = True
+            raise
+
+    announcing = asyncio.create_task(announce())
+    await server.serve(sockets=[sock])
+    if announcing.done():
+        announcing.result()
+    announcing.cancel()
+
+
+def announcement(config: ServerConfig, what: str, with_page: bool, with_api: bool) -> str:
+    """What the terminal shows: what is served, where, the way there, and the key."""
+    url = local_url(config)
+    lines = [f"LMDesk serves {what}"]
+    if with_page:
+        lines.append(f"  Page    {url}")
+    if with_api:
+        lines.append(f"  API     {url}/v1   (described at {url}/docs)")
+    if config.api_keys:
+        lines.append(f"  Key     {config.api_keys[0]}   (clients of yours on this machine find it)")
+    lines.append(f"  Tunnel  {tunnel_line(config)}   (on your own computer; then open {url})")
+    return "\n".join(lines)
