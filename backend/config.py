@@ -46,7 +46,9 @@ class EngineConfig:
         "a CPU bfloat16 if it has instructions for it, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = option("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda")
+    )
     tp: int = option(1, "tensor parallel ranks, one process each", low=1, high=64)
     session_len: int | None = option(
         None, "longest conversation in tokens; default: what the model was trained for", low=16
@@ -69,8 +71,12 @@ class SamplingParams:
     """How one reply is drawn. Token ids only; stop strings belong to the text side."""
 
     temperature: float = option(0.7, "0 is greedy; higher is more varied", low=0.0, high=2.0)
-    top_p: float = option(0.8, "keep the likeliest tokens up to this probability", low=0.0, high=1.0)
-    top_k: int = option(0, "keep this many of the likeliest tokens; 0 keeps all", low=0, high=1 << 20)
+    top_p: float = option(
+        0.8, "keep the likeliest tokens up to this probability", low=0.0, high=1.0
+    )
+    top_k: int = option(
+        0, "keep this many of the likeliest tokens; 0 keeps all", low=0, high=1 << 20
+    )
     min_p: float = option(
         0.0, "drop tokens less likely than this times the likeliest", low=0.0, high=1.0
     )
@@ -108,7 +114,9 @@ class ServerConfig:
     server_name: str = option("127.0.0.1", "address to listen on; other than loopback needs a key")
     server_port: int = option(6006, "port to listen on", low=0, high=65535)
     api_keys: tuple[str, ...] = option((), "keys that clients must send; several, by spaces")
-    model_name: str | None = option(None, "name of the model in the API; default: its folder's name")
+    model_name: str | None = option(
+        None, "name of the model in the API; default: its folder's name"
+    )
     root_path: str = option("", "path prefix when behind a proxy that adds one")
 
 
@@ -129,8 +137,11 @@ def _check_number(name: str, value: Any, kind: type, meta: Any) -> None:
         raise UserError(f"{name} must be finite, not {value!r}.", field=name)
     low, high = meta["low"], meta["high"]
     if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"from {low} to {high}" if None not in (low, high) else (
-            f"at least {low}" if high is None else f"at most {high}")
+        bounds = (
+            f"from {low} to {high}"
+            if None not in (low, high)
+            else (f"at least {low}" if high is None else f"at most {high}")
+        )
         raise UserError(f"{name} must be {bounds}, not {value!r}.", field=name)
 
 

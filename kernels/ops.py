@@ -14,10 +14,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -43,7 +42,7 @@ class AttentionMetadata:
     block_size: int
 
 
-@lru_cache(maxsize=None)
+@cache
 def implementation(name: str, device_type: str) -> Callable[..., Any]:
     """The function that serves op `name` on `device_type`: the device's own, else the reference."""
     own = {"cpu": "kernels.cpu", "cuda": "kernels.gpu"}.get(device_type)

@@ -11,13 +11,25 @@ from backend.engine.types import Batch, ModelInfo, SampledToken, Sequence, Token
 
 
 def fake_info(
-    *, vocab_size: int = 320, session_len: int = 512, max_batch_size: int = 16,
-    num_blocks: int = 256, block_size: int = 8,
+    *,
+    vocab_size: int = 320,
+    session_len: int = 512,
+    max_batch_size: int = 16,
+    num_blocks: int = 256,
+    block_size: int = 8,
 ) -> ModelInfo:
     return ModelInfo(
-        architecture="Fake", device="cpu", dtype="float32", vocab_size=vocab_size,
-        session_len=session_len, max_batch_size=max_batch_size, num_blocks=num_blocks,
-        block_size=block_size, weight_bytes=0, kv_bytes_per_token=1, tp=1,
+        architecture="Fake",
+        device="cpu",
+        dtype="float32",
+        vocab_size=vocab_size,
+        session_len=session_len,
+        max_batch_size=max_batch_size,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        weight_bytes=0,
+        kv_bytes_per_token=1,
+        tp=1,
     )
 
 
@@ -56,6 +68,9 @@ def echo(eos_token_id: int, first_special_id: int = 256) -> Callable[[Sequence],
 def hashed(seq: Sequence, vocab_size: int) -> int:
     """A token that depends on all tokens before it, so that any mix-up shows."""
     return hash(tuple(seq.token_ids)) % vocab_size
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class CheckingRunner(FakeRunner):

@@ -26,6 +26,9 @@ class Runner(Protocol):
     def execute(self, batch: Batch) -> list[SampledToken]:
         """Compute the batch's tokens and draw one for each scheduled sequence that samples."""
 
+    def close(self) -> None:
+        """Give back what is not this object's own memory, as further ranks."""
+
 
 class Engine:
     """Continuous batching over a model runner. Not thread-safe: one caller.

@@ -81,6 +81,12 @@ class ModelRunner:
             else []
         )
 
+    def close(self) -> None:
+        """Let the other ranks go; they end when their pipes close."""
+        for peer in self._peers:
+            peer.close()
+        self._parallel.close()
+
     @torch.inference_mode()
     def forward(self, step: StepInput) -> Tensor:
         """Logits float32 [len(sample_rows), vocab]; the KV of all tokens goes into the pool."""

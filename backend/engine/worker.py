@@ -35,10 +35,13 @@ def serve(connection: Connection, build: Callable[[EngineConfig], Engine]) -> No
         connection.send_bytes(messages.encode(failed))
         return
     connection.send_bytes(messages.encode(messages.Ready(start.epoch, engine.runner.info)))
-    while (refused := _obey(engine, connection)) is not None:
-        outputs = refused + engine.step()
-        event = messages.Outputs(start.epoch, outputs, engine.stats())
-        connection.send_bytes(messages.encode(event))
+    try:
+        while (refused := _obey(engine, connection)) is not None:
+            outputs = refused + engine.step()
+            event = messages.Outputs(start.epoch, outputs, engine.stats())
+            connection.send_bytes(messages.encode(event))
+    finally:
+        engine.runner.close()
 
 
 def _obey(engine: Engine, connection: Connection) -> list[StepOutput] | None:

@@ -80,19 +80,41 @@ def test_flags_win_over_given_defaults():
     assert (config.top_k, config.temperature) == (5, 0.0)
 
 
-@pytest.mark.parametrize("word,value", [("True", True), ("false", False), ("1", True), (None, True)])
+@pytest.mark.parametrize(
+    "word,value", [("True", True), ("false", False), ("1", True), (None, True)]
+)
 def test_booleans_are_spelled_as_in_the_tutorials(word, value):
     words = ["--ignore-eos"] + ([word] if word else [])
-    assert from_namespace(SamplingParams, parser_for(SamplingParams).parse_args(words)).ignore_eos is value
+    assert (
+        from_namespace(SamplingParams, parser_for(SamplingParams).parse_args(words)).ignore_eos
+        is value
+    )
 
 
-@pytest.mark.parametrize("field,value", [
-    ("temperature", -0.1), ("temperature", 2.1), ("temperature", math.nan), ("temperature", "1"),
-    ("temperature", True), ("top_p", 1.5), ("top_k", 1.5), ("top_k", -1), ("max_tokens", 0),
-    ("seed", 1 << 63), ("logprobs", 21), ("ignore_eos", 1), ("stop_token_ids", (1.5,)),
-    ("stop_token_ids", [1]), ("logit_bias", {1: 101.0}), ("logit_bias", {"1": 1.0}),
-    ("logit_bias", {-1: 1.0}), ("repetition_penalty", 0.0), ("min_tokens", None),
-])
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", math.nan),
+        ("temperature", "1"),
+        ("temperature", True),
+        ("top_p", 1.5),
+        ("top_k", 1.5),
+        ("top_k", -1),
+        ("max_tokens", 0),
+        ("seed", 1 << 63),
+        ("logprobs", 21),
+        ("ignore_eos", 1),
+        ("stop_token_ids", (1.5,)),
+        ("stop_token_ids", [1]),
+        ("logit_bias", {1: 101.0}),
+        ("logit_bias", {"1": 1.0}),
+        ("logit_bias", {-1: 1.0}),
+        ("repetition_penalty", 0.0),
+        ("min_tokens", None),
+    ],
+)
 def test_wrong_values_are_named(field, value):
     with pytest.raises(UserError) as caught:
         SamplingParams(**{field: value})

@@ -1,0 +1,160 @@
+"""The engine against transformers' generate: greedy token ids, however the work is cut up."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from backend.config import EngineConfig, SamplingParams
+from backend.engine.async_engine import AsyncEngine
+from backend.engine.engine import Engine
+from backend.engine.types import Request
+from backend.engine.worker import build_engine
+from tests.tiny_model import FAMILIES, make_checkpoint
+
+TOKENS = 24
+
+
+def prompts() -> list[list[int]]:
+    """Several lengths; two share a beginning."""
+    generator = torch.Generator().manual_seed(3)
+    made = [
+        torch.randint(0, 256, (length,), generator=generator).tolist()
+        for length in (5, 40, 17, 33, 1)
+    ]
+    return [*made, made[1][:32] + made[0]]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    make_checkpoint(folder, request.param)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint) -> list[list[int]]:
+    """What generate says to each prompt, alone."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    replies = []
+    for prompt in prompts():
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        replies.append(out[0, len(prompt) :].tolist())
+    return replies
+
+
+def engine_for(folder: Path, **options) -> Engine:
+    settings = dict(dtype="float32", device="cpu", session_len=128, cache_block_seq_len=8)
+    return build_engine(EngineConfig(model=str(folder), **{**settings, **options}))
+
+
+def made(index: int, prompt: list[int]) -> Request:
+    return Request(str(index), prompt, SamplingParams(temperature=0.0, max_tokens=TOKENS))
+
+
+def drain(engine: Engine, preempt_every: int = 0) -> list[list[int]]:
+    """Replies by request id; optionally putting the oldest sequence out every few steps."""
+    replies: dict[int, list[int]] = {}
+    steps = 0
+    while engine.has_work():
+        for output in engine.step():
+            replies.setdefault(int(output.request_id), []).extend(output.token_ids)
+        steps += 1
+        running = engine.scheduler.running
+        if preempt_every and running and steps % preempt_every == 0:
+            engine.scheduler.preempt(next(iter(running.values())))
+    return [replies[i] for i in sorted(replies)]
+
+
+def all_at_once(engine: Engine, **options) -> list[list[int]]:
+    for i, prompt in enumerate(prompts()):
+        engine.add_request(made(i, prompt))
+    return drain(engine, **options)
+
+
+def test_alone(checkpoint, expected):
+    engine = engine_for(checkpoint, enable_prefix_caching=False)
+    for i, prompt in enumerate(prompts()):
+        engine.add_request(made(i, prompt))
+        assert drain(engine) == [expected[i]]
+
+
+def test_in_a_batch(checkpoint, expected):
+    assert all_at_once(engine_for(checkpoint)) == expected
+
+
+def test_chunked(checkpoint, expected):
+    engine = engine_for(checkpoint, max_prefill_token_num=16, max_batch_size=8)
+    assert all_at_once(engine) == expected
+
+
+def test_preempted_on_purpose(checkpoint, expected):
+    engine = engine_for(checkpoint)
+    assert all_at_once(engine, preempt_every=3) == expected
+    assert engine.scheduler.stats.num_preemptions > 5
+
+
+def test_preempted_for_want_of_blocks(checkpoint, expected):
+    engine = engine_for(checkpoint, cache_max_entry_count=17)
+    assert all_at_once(engine) == expected
+    assert engine.scheduler.stats.num_preemptions > 0
+
+
+def test_from_the_prefix_cache(checkpoint, expected):
+    engine = engine_for(checkpoint)
+    assert all_at_once(engine) == expected
+    assert all_at_once(engine) == expected
+    assert engine.scheduler.stats.num_cached_tokens > 64
+
+
+def test_joining_and_leaving(checkpoint, expected):
+    """Requests that come one a step, while others are aborted, answer as if alone."""
+    engine = engine_for(checkpoint, max_batch_size=4)
+    replies: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts()):
+        engine.add_request(made(i, prompt))
+        engine.add_request(made(100 + i, prompt[::-1]))
+        for output in engine.step():
+            replies.setdefault(int(output.request_id), []).extend(output.token_ids)
+        engine.abort_request(str(100 + i))
+    while engine.has_work():
+        for output in engine.step():
+            replies.setdefault(int(output.request_id), []).extend(output.token_ids)
+    assert [replies[i] for i in range(len(expected))] == expected
+
+
+def test_two_ranks(checkpoint, expected):
+    """tp 2: two processes over gloo, each with half of the heads."""
+
+    async def test() -> list[list[int]]:
+        config = EngineConfig(
+            model=str(checkpoint), dtype="float32", device="cpu", session_len=128, tp=2
+        )
+        engine = AsyncEngine(config)
+        await engine.start()
+        try:
+            await engine.wait_ready()
+
+            async def reply(index: int, prompt: list[int]) -> list[int]:
+                stream = engine.generate(made(index, prompt))
+                return [token async for output in stream for token in output.token_ids]
+
+            return await asyncio.gather(*(reply(i, p) for i, p in enumerate(prompts())))
+        finally:
+            await engine.stop()
+
+    assert asyncio.run(asyncio.wait_for(test(), 300)) == expected
