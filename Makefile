@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check bench clean
+.PHONY: run test check bench docs clean
 
 run: $(VENV)/.run
 	$(BIN)/python app.py $(MODEL)
@@ -30,6 +30,9 @@ $(VENV)/.run: requirements.txt constraints.txt
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
+
+docs: $(VENV)/.run
+	$(BIN)/python -m backend.config > docs/configuration.md
 
 clean:
 	rm -rf $(VENV)

@@ -227,3 +227,30 @@ def from_namespace(cls: type[T], namespace: argparse.Namespace, **defaults: Any)
     config = cls(**given)
     validate(config)
     return config
+
+
+def reference_page() -> str:
+    """docs/configuration.md: every setting, as the dataclasses have it."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every setting, made from `backend/config.py` by `make docs`. On the command line a setting",
+        "is `--its-name`; in a request body of the API it is `its_name`.",
+    ]
+    for cls in (EngineConfig, ServerConfig, SamplingParams):
+        lines += ["", f"## {cls.__name__}", "", (cls.__doc__ or "").splitlines()[0], ""]
+        lines += ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
+        for f in fields(cls):
+            meta = f.metadata
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            low, high = meta["low"], meta["high"]
+            allowed = ", ".join(map(str, meta["choices"] or ()))
+            if low is not None:
+                allowed = f"from {low}" + ("" if high is None else f" to {high}")
+            shown = "" if default in (None, "", (), {}) else default
+            lines.append(f"| `{f.name}` | {shown} | {allowed} | {meta['help']} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

@@ -6,6 +6,7 @@ import argparse
 import math
 import typing
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from backend.config import (
     add_arguments,
     base_type,
     from_namespace,
+    reference_page,
     validate,
 )
 from backend.errors import UserError
@@ -124,3 +126,8 @@ def test_wrong_values_are_named(field, value):
 def test_choices_are_named():
     with pytest.raises(UserError, match="float32, bfloat16, float16"):
         validate(EngineConfig(dtype="int7"))
+
+
+def test_the_docs_page_is_as_generated():
+    page = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == reference_page(), "run: make docs"
