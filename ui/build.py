@@ -7,14 +7,15 @@ import secrets
 import gradio as gr
 from gradio.routes import FastAPI
 
+from backend.services import Services
 from ui import forms, theme
-from ui.chat_tab import ChatTab, PageServices
+from ui.chat_tab import ChatTab
 from ui.conversations import ConversationStore
 from ui.i18n import gradio_i18n, t
 from ui.status_bar import build_status_bar
 
 
-def build_ui(services: PageServices) -> gr.Blocks:
+def build_ui(services: Services) -> gr.Blocks:
     """The page, not yet served."""
     with gr.Blocks(title=t("page.title"), fill_width=True, analytics_enabled=False) as page:
         build_status_bar()
@@ -24,7 +25,7 @@ def build_ui(services: PageServices) -> gr.Blocks:
     return page.queue(default_concurrency_limit=None, max_size=None, api_open=False)
 
 
-def mount_page(app: FastAPI, services: PageServices, root_path: str = "") -> FastAPI:
+def mount_page(app: FastAPI, services: Services, root_path: str = "") -> FastAPI:
     """Serve the page at "/" of `app`, after (under) the routes that `app` has already.
 
     Args:
@@ -40,7 +41,7 @@ def mount_page(app: FastAPI, services: PageServices, root_path: str = "") -> Fas
         ssr_mode=False,
         mcp_server=False,
         footer_links=["settings"],
-        favicon_path=str(theme.ASSETS / "logo.svg"),
+        favicon_path=str(theme.LOGO),
         i18n=gradio_i18n(forms.help_texts()),
         theme=theme.theme(),
         css=theme.css(),

@@ -10,18 +10,18 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from html import escape
-from typing import Any, Protocol
+from typing import Any
 
 import gradio as gr
 
 from backend.chat import ChatBackend
 from backend.errors import UserError
+from backend.services import Services
 from ui import chat_view, forms
 from ui.conversations import Conversation, ConversationStore, Pending
 from ui.i18n import label, locale_of, t
 from ui.live_reply import LiveReply
 from ui.remote_panel import RemotePanel
-from ui.theme import LOGO
 
 logger = logging.getLogger(__name__)
 
@@ -33,23 +33,13 @@ Form = dict[Any, Any]  # component -> value, as Gradio hands over a set of input
 Updates = dict[Any, Any]  # component -> new value
 
 
-class PageServices(Protocol):
-    """What the page needs of `backend.services.Services`."""
-
-    chat: ChatBackend
-    remote: bool  # restful mode: `chat` is somebody's api_server
-    default_url: str  # of it
-
-    def connect(self, url: str, api_key: str) -> ChatBackend:
-        """A client for another api_server, without contacting it yet."""
-
-
 class ChatTab:
     """Builds the tab's components inside the current layout and wires them."""
 
-    def __init__(self, services: PageServices, store: ConversationStore) -> None:
+    def __init__(self, services: Services, store: ConversationStore) -> None:
         self.services = services
         self.store = store
+        self.defaults = forms.defaults(services.sampling_defaults)
         with gr.Row(elem_id="chat-page"):
             with gr.Column(scale=5, elem_id="chat-main"):
                 self._build_thread()
@@ -78,16 +68,14 @@ class ChatTab:
                 feedback_options=None,
                 allow_tags=False,
                 latex_delimiters=chat_view.LATEX_DELIMITERS,
-                placeholder=f'<div class="lmd-empty">{LOGO}<h2>{t("chat.empty_title")}</h2>'
-                            f'<p>{t("chat.empty_text")}</p></div>',
-                examples=[{"text": t(key)} for key in EXAMPLES],
+                placeholder=label("chat.empty"),
             )
             self.live = gr.Markdown(
                 elem_id="live",
                 line_breaks=True,
                 latex_delimiters=chat_view.LATEX_DELIMITERS,
             )
-            self.turn_stats = gr.HTML(elem_id="turn-stats")
+            self.turn_stats = gr.HTML(elem_id="turn-stats", apply_default_css=False)
 
     def _build_composer(self) -> None:
         with gr.Column(elem_id="composer"):
@@ -102,7 +90,7 @@ class ChatTab:
                 container=False,
             )
             with gr.Row(elem_id="composer-row"):
-                self.meter = gr.HTML(elem_id="meter")
+                self.meter = gr.HTML(elem_id="meter", apply_default_css=False)
                 self.clear = gr.Button(label("chat.clear"), elem_id="clear", size="sm")
                 self.stop = gr.Button(
                     label("chat.stop"), elem_id="stop", variant="stop", size="sm", visible=False)
@@ -120,9 +108,9 @@ class ChatTab:
             max_lines=10,
         )
         with gr.Accordion(label("chat.sampling"), open=True):
-            main = forms.sampling_inputs(forms.MAIN_FIELDS)
+            main = forms.sampling_inputs(forms.MAIN_FIELDS, self.defaults)
         with gr.Accordion(label("chat.more_sampling"), open=False):
-            more = forms.sampling_inputs(forms.MORE_FIELDS)
+            more = forms.sampling_inputs(forms.MORE_FIELDS, self.defaults)
         self.sampling = dict(zip(forms.SAMPLING_FIELDS, [*main, *more], strict=True))
 
     def _wire(self) -> None:
@@ -163,16 +151,19 @@ class ChatTab:
         conversation = self.store.open(conversation_id)
         await conversation.stop()  # its page went away in the middle of a reply
         locale = locale_of(request)
-        sampling = forms.defaults() | conversation.sampling
+        sampling = self.defaults | conversation.sampling
         return {
+            **await self._finished(conversation, self.services.chat, locale),
+            self.chatbot: gr.update(
+                value=chat_view.chat_messages(conversation, locale),
+                examples=[{"text": t(key, locale)} for key in EXAMPLES]),
             self.conversation_id: conversation_id,
             self.system_prompt: conversation.system_prompt,
             **{field: sampling[name] for name, field in self.sampling.items()},
-            **await self._finished(conversation, self.services.chat, locale),
         }
 
     async def on_send(self, form: Form, request: gr.Request) -> AsyncIterator[Updates]:
-        async for updates in self._reply(form, locale_of(request), form[self.box]):
+        async for updates in self._reply(form, locale_of(request), form[self.box], from_box=True):
             yield updates
 
     async def on_example(
@@ -186,7 +177,7 @@ class ChatTab:
         if turns:
             last = len(turns) - 1
             async for updates in self._reply(
-                form, locale_of(request), turns[last].user, keep=last, from_box=False
+                form, locale_of(request), turns[last].user, keep=last
             ):
                 yield updates
 
@@ -197,7 +188,7 @@ class ChatTab:
         conversation = self.store.open(form[self.conversation_id])
         turn = chat_view.turn_of_message(conversation, locale, event.index)
         if turn is not None:
-            async for updates in self._reply(form, locale, event.value, keep=turn, from_box=False):
+            async for updates in self._reply(form, locale, event.value, keep=turn):
                 yield updates
 
     async def on_undo(self, form: Form, request: gr.Request) -> Updates:
@@ -224,9 +215,12 @@ class ChatTab:
     # A reply
 
     async def _reply(
-        self, form: Form, locale: str, user: str, *, keep: int | None = None, from_box: bool = True
+        self, form: Form, locale: str, user: str, *, keep: int | None = None, from_box: bool = False
     ) -> AsyncIterator[Updates]:
-        """Draw the reply to `user` after the first `keep` turns (all of them) as it grows."""
+        """Draw the reply to `user` after the first `keep` turns (all of them) as it grows.
+
+        `user` leaves the message box if it came `from_box`; what becomes no turn goes back there.
+        """
         conversation = self.store.open(form[self.conversation_id])
         try:
             pending = self._begin(conversation, form, locale, user, keep)
@@ -240,7 +234,7 @@ class ChatTab:
             yield {
                 self.chatbot: chat_view.chat_messages(
                     conversation, locale, keep=pending.keep, user=user),
-                self.live: chat_view.waiting_html(0, 0, 0, locale),
+                self.live: chat_view.waiting_html(0, None, locale),
                 self.send: gr.update(visible=False),
                 self.stop: gr.update(visible=True),
                 self.returned: "",
@@ -291,9 +285,8 @@ class ChatTab:
     ) -> str:
         if text:
             return chat_view.live_markdown(text)
-        stats = (await backend.status()).stats
-        running, waiting = (stats.num_running, stats.num_waiting) if stats else (0, 0)
-        return chat_view.waiting_html(seconds, running, waiting, locale)
+        stats = None if self.remote else (await backend.status()).stats
+        return chat_view.waiting_html(seconds, stats, locale)
 
     async def _finished(
         self, conversation: Conversation, backend: ChatBackend, locale: str
@@ -312,8 +305,10 @@ class ChatTab:
         messages = conversation.messages()
         try:
             tokens = await backend.count_tokens(messages) if messages else 0
+            if tokens is None or self.remote:
+                return chat_view.meter_html(tokens, None, locale)
             info = (await backend.status()).info
-        except UserError:  # no model yet, or not reachable: the status bar says so
+        except UserError:  # no model yet: the status bar says so
             return ""
         return chat_view.meter_html(tokens, info.session_len if info else None, locale)
 

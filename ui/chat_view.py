@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 
+from backend.engine.types import EngineStats
 from ui.conversations import Conversation, Turn
 from ui.i18n import t
 
@@ -65,11 +66,12 @@ def live_markdown(text: str) -> str:
     return f"{quoted}\n\n{answer}" if thoughts else answer
 
 
-def waiting_html(seconds: float, running: int, waiting: int, locale: str) -> str:
-    """What stands in for a reply until its first token."""
+def waiting_html(seconds: float, stats: EngineStats | None, locale: str) -> str:
+    """What stands in for a reply until its first token; with the engine's queue, if there is."""
     text = t("chat.waiting", locale, seconds=f"{seconds:.1f}")
-    if waiting:
-        text += " · " + t("chat.waiting_queue", locale, running=running, waiting=waiting)
+    if stats and stats.num_waiting:
+        text += " · " + t("chat.waiting_queue", locale, running=stats.num_running,
+                          waiting=stats.num_waiting)
     return f'<span class="lmd-waiting">{html.escape(text)}</span>'
 
 
@@ -105,11 +107,11 @@ def meter_html(tokens: int | None, limit: int | None, locale: str) -> str:
     if not limit:
         return f'<div class="lmd-meter">{t("meter.tokens", locale, tokens=tokens)}</div>'
     share = min(tokens / limit, 1.0)
+    full = share >= NEARLY_FULL
+    hint = t("meter.nearly_full" if full else "meter.hint", locale)
     text = t("meter.of", locale, tokens=tokens, limit=limit)
-    hint = t("meter.nearly_full", locale) if share >= NEARLY_FULL else ""
-    state = " lmd-full" if hint else ""
     return (
-        f'<div class="lmd-meter{state}" title="{html.escape(hint)}">'
+        f'<div class="lmd-meter{" lmd-full" if full else ""}" title="{html.escape(hint)}">'
         f'<span class="lmd-track"><span style="width:{share * 100:.1f}%"></span></span>'
         f"<span>{text}</span></div>"
     )

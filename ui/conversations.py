@@ -54,7 +54,8 @@ class Conversation:
     @property
     def size(self) -> int:
         """Characters held."""
-        return len(self.system_prompt) + sum(len(turn.user) + len(turn.reply) for turn in self.turns)
+        turns = sum(len(turn.user) + len(turn.reply) for turn in self.turns)
+        return len(self.system_prompt) + turns
 
     def messages(self, keep: int | None = None, user: str | None = None) -> list[Message]:
         """For the model: system prompt, the first `keep` turns (all of them), then `user`."""

@@ -30,19 +30,20 @@ def help_texts() -> dict[str, str]:
     return {help_key(f.name): _sentence(f) for f in _sampling_fields()}
 
 
-def defaults() -> dict[str, Any]:
-    """What the sampling form starts with."""
-    return {f.name: PAGE_DEFAULTS.get(f.name, f.default) for f in _sampling_fields()}
+def defaults(recommended: Mapping[str, Any]) -> dict[str, Any]:
+    """What the sampling form starts with; `recommended` by the checkpoint comes first."""
+    known = PAGE_DEFAULTS | dict(recommended)
+    return {f.name: known.get(f.name, f.default) for f in _sampling_fields()}
 
 
-def sampling_inputs(names: Sequence[str]) -> list[gr.Number]:
+def sampling_inputs(names: Sequence[str], values: Mapping[str, Any]) -> list[gr.Number]:
     """Number fields for settings of `SamplingParams`, inside the current layout block.
 
     They have no minimum or maximum of Gradio's: it would answer a value out of range with a
     sentence of its own or move it silently; `SamplingParams` says it better.
     """
     by_name = {f.name: f for f in _sampling_fields()}
-    return [_number(by_name[name]) for name in names]
+    return [_number(by_name[name], values[name]) for name in names]
 
 
 def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
@@ -66,10 +67,10 @@ def _sentence(f: Field[Any]) -> str:
     return text
 
 
-def _number(f: Field[Any]) -> gr.Number:
+def _number(f: Field[Any], value: float | None) -> gr.Number:
     kind, _ = base_type(typing.get_type_hints(SamplingParams)[f.name])
     return gr.Number(
-        value=defaults()[f.name],
+        value=value,
         label=f.name,  # the field's own term, as in the API and in error messages
         info=label(help_key(f.name)),
         step=1 if kind is int else 0.05,

@@ -10,6 +10,7 @@ import gradio as gr
 
 from backend.chat import ChatBackend
 from backend.errors import UserError
+from backend.services import Services
 from ui.conversations import Conversation
 from ui.i18n import label, locale_of, t
 
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 class RemotePanel:
     """URL, key and model fields. The key lives in the server's memory only, with its chat."""
 
-    def __init__(self, services: Any) -> None:
+    def __init__(self, services: Services) -> None:
         self.services = services
         with gr.Group(elem_id="remote"):
             self.url = gr.Textbox(
@@ -65,4 +66,7 @@ class RemotePanel:
         return form[self.models] or None
 
     def _client(self, url: str, api_key: str) -> ChatBackend:
-        return self.services.connect(url.strip(), api_key.strip())
+        url, api_key = url.strip(), api_key.strip()
+        if url == self.services.default_url and not api_key:
+            return self.services.chat  # may have a key from the command line
+        return self.services.connect(url, api_key)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import gradio as gr
 
-from ui.theme import LOGO
-
 # The script fills the empty elements; see assets/ui/page.js.
 TEMPLATE = """
 <header class="lmd-bar">
-  <span class="lmd-brand">{logo}<span>LMDesk</span></span>
+  <span class="lmd-brand"><span class="lmd-logo">&nbsp;</span>LMDesk</span>
   <span class="lmd-model" data-status="model"></span>
   <span class="lmd-state" data-status="state" data-state="unknown" role="status"></span>
   <span class="lmd-detail" data-status="detail"></span>
@@ -28,4 +26,4 @@ TEMPLATE = """
 
 def build_status_bar() -> gr.HTML:
     """Add the bar to the current layout."""
-    return gr.HTML(TEMPLATE.format(logo=LOGO), elem_id="status-bar", padding=False)
+    return gr.HTML(TEMPLATE, elem_id="status-bar", padding=False, apply_default_css=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import gradio as gr
 from ui.i18n import DEFAULT_LOCALE, script_messages
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "ui"
-LOGO = (ASSETS / "logo.svg").read_text(encoding="utf-8")
+LOGO = ASSETS / "logo.svg"
 
 # System fonts only: nothing is fetched, and Chinese has a face on every platform.
 SANS = ("Inter", "Segoe UI", "Roboto", "Helvetica Neue", "PingFang SC", "Microsoft YaHei",
@@ -75,8 +76,10 @@ def theme() -> gr.themes.Base:
 
 
 def css() -> str:
-    """The page's style sheet."""
-    return (ASSETS / "page.css").read_text(encoding="utf-8")
+    """The page's style sheet; the logo is in it, for Gradio strips drawings out of its texts."""
+    logo = base64.b64encode(LOGO.read_bytes()).decode()
+    sheet = (ASSETS / "page.css").read_text(encoding="utf-8")
+    return f':root {{ --lmd-logo: url("data:image/svg+xml;base64,{logo}"); }}\n{sheet}'
 
 
 def head(instance: str) -> str:
@@ -88,7 +91,4 @@ def head(instance: str) -> str:
     settings = {"instance": instance, "fallback": DEFAULT_LOCALE, "messages": script_messages()}
     data = json.dumps(settings, ensure_ascii=False).replace("<", "\\u003c")
     script = (ASSETS / "page.js").read_text(encoding="utf-8")
-    return (
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<script>window.LMDESK = {data};</script><script>{script}</script>"
-    )
+    return f"<script>window.LMDESK = {data};</script><script>{script}</script>"

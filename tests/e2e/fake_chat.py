@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import uvicorn
-from backend.chat import ChatBackend, Delta, Message, ReplyStats, ServiceStatus
+from fastapi import FastAPI
+
+from backend.chat import Delta, Message, ReplyStats, ServiceStatus
 from backend.config import SamplingParams
 from backend.engine.types import EngineStats, ModelInfo
-from backend.errors import RemoteError, UserError
+from backend.errors import UserError
 from backend.memory import MemoryStatus
-from fastapi import FastAPI
+from backend.services import Services
 from ui.build import mount_page
 
 INFO = ModelInfo("LlamaForCausalLM", "cpu", "float32", 8000, 200, 8, 100, 64, 12_000_000, 4096, 1)
@@ -38,6 +40,7 @@ class FakeChat:
         self.scripts: dict[str, Script] = {}
         self.seen: list[list[Message]] = []
         self.sampling: list[SamplingParams] = []
+        self.models_asked: list[str | None] = []
         self.aborted: list[str] = []
         self.state = "ready"
 
@@ -59,6 +62,7 @@ class FakeChat:
         user = messages[-1]["content"]
         self.seen.append(list(messages))
         self.sampling.append(sampling)
+        self.models_asked.append(model)
         script = self.scripts.get(user) or Script([f"You said **{user}**, ", "and that is all."])
         stats = ReplyStats(await self.count_tokens(messages), len(script.pieces), 0, 0.12, 34.5)
         finished = False
@@ -77,43 +81,8 @@ class FakeChat:
                 self.aborted.append(user)
 
 
-@dataclass
-class FakeServices:
-    """What the page needs of backend.services.Services."""
-
-    chat: FakeChat
-    remote: bool = False
-    default_url: str = ""
-
-    def connect(self, url: str, api_key: str) -> ChatBackend:
-        if url != self.default_url:
-            return DeadChat(url)
-        return self.chat
-
-
-class DeadChat(FakeChat):
-    """An address where nothing answers, as `backend.remote` reports it."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        self.error = RemoteError(f"No server answers at {url}.", "Check the address.")
-
-    async def models(self) -> list[str]:
-        raise self.error
-
-    async def status(self) -> ServiceStatus:
-        return ServiceStatus("unreachable", "", str(self.error))
-
-    async def count_tokens(self, messages: Sequence[Message]) -> int:
-        raise self.error
-
-    async def stream(self, *args: object, **kwargs: object) -> AsyncGenerator[Delta, None]:
-        raise self.error
-        yield Delta()
-
-
 @contextmanager
-def serve(services: FakeServices) -> Iterator[str]:
+def serve(services: Services) -> Iterator[str]:
     """The page over `services` on a free port of this machine; yields its URL."""
     app = FastAPI()
 

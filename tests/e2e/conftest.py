@@ -1,0 +1,50 @@
+"""A real Chromium, and pages of it. Without one these tests skip, saying so; on CI they fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+from playwright.sync_api import Browser, Error, sync_playwright
+
+from tests.e2e.chat_page import ChatPage
+
+QUIET = [  # the browser's own traffic; --no-sandbox because CI runs as root
+    "--no-sandbox", "--disable-background-networking", "--disable-quic", "--no-first-run",
+    "--disable-component-update", "--disable-sync",
+]
+
+
+def installed_browser() -> str | None:
+    """Path of a Chromium or Chrome on this machine."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        try:  # without a path, the browser that `playwright install` fetched
+            browser = playwright.chromium.launch(executable_path=installed_browser(), args=QUIET)
+        except Error as error:
+            if os.environ.get("CI"):
+                pytest.fail(f"CI needs a browser: {error}")
+            pytest.skip("No Chromium: install it, or run `playwright install chromium`.")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def new_page(browser: Browser) -> Iterator[Callable[..., ChatPage]]:
+    """A function that opens a page of its own browser context; all are closed at the end."""
+    contexts = []
+
+    def make(url: str, **options: object) -> ChatPage:
+        contexts.append(browser.new_context(**{"locale": "en-US", **options}))
+        return ChatPage(contexts[-1].new_page(), url).open()
+
+    yield make
+    for context in contexts:
+        context.close()
