@@ -1,0 +1,87 @@
+"""Small tokenizers made on the spot: one of either family, as chat models have them."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from backend.chat_template import CHATML
+
+TEXTS = [
+    "the cat sat on the mat, the dog sat on the log", "hello world, hello again and again",
+    "def f(x):\n    return x + 1\n", "你好世界，你好吗？我很好。", "今天天气很好，我们去公园。",
+    "naïve café, 12345 67890", "😀😀 👩‍👩‍👧 🇨🇳", "stop here. Stop there. STOP",
+]
+BYTE_LEVEL_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SENTENCEPIECE_SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+@cache
+def _byte_level_json() -> str:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        vocab_size=340, special_tokens=BYTE_LEVEL_SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return backend.to_str()
+
+
+@cache
+def _sentencepiece_json() -> str:
+    """As SentencePiece's BPE with byte fallback arrives in tokenizer.json (Llama 2, Mistral)."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.train_from_iterator(TEXTS[:4], trainers.BpeTrainer(
+        vocab_size=140, special_tokens=SENTENCEPIECE_SPECIAL, show_progress=False))
+    backend.pre_tokenizer = None  # type: ignore[assignment]
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)])
+    data = json.loads(backend.to_str())
+    vocab = data["model"]["vocab"]
+    for byte in range(256):
+        vocab[f"<0x{byte:02X}>"] = len(vocab)
+    data["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
+    return json.dumps(data)
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """Byte-level BPE with ChatML's special tokens (Qwen 2)."""
+    return tokenizers.Tokenizer.from_str(_byte_level_json())
+
+
+def sentencepiece() -> tokenizers.Tokenizer:
+    """BPE over "▁" with byte fallback, "<s>" in front."""
+    return tokenizers.Tokenizer.from_str(_sentencepiece_json())
+
+
+def metaspace() -> tokenizers.Tokenizer:
+    """The same vocabulary with the Metaspace pre-tokenizer and decoder."""
+    backend = sentencepiece()
+    backend.normalizer = None  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+    return backend
+
+
+def save(backend: tokenizers.Tokenizer, folder: Path, **settings: Any) -> None:
+    """Write tokenizer.json and tokenizer_config.json."""
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def save_chatml(folder: Path) -> None:
+    """A complete ChatML tokenizer folder."""
+    save(byte_level(), folder, tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>",
+         pad_token="<|endoftext|>", chat_template=CHATML)
