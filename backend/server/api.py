@@ -65,7 +65,7 @@ def create_app(
     config: ServerConfig,
     *,
     sampling_defaults: Mapping[str, Any] | None = None,
-    limits: Limits | None = None,
+    admission: Admission | None = None,
 ) -> FastAPI:
     """The application over an engine of our own.
 
@@ -74,14 +74,14 @@ def create_app(
         config: as in `base_app`.
         sampling_defaults: the model's own defaults (generation_config.json), fields of
             `SamplingParams`.
-        limits: how much work may be open at a time.
+        admission: how much work may be open at a time; by default with the usual `Limits`.
 
     Raises:
         UserError: the server would be open to others without a key.
     """
     engine, defaults = chat.engine, dict(sampling_defaults or {})
     metrics = Metrics(lambda: engine.stats, lambda: engine.info.num_blocks if engine.info else 0)
-    routes = OpenAIRoutes(chat, Admission(limits or Limits()), metrics, defaults)
+    routes = OpenAIRoutes(chat, admission or Admission(Limits()), metrics, defaults)
     page = api_page(chat.model_name, config.server_port, defaults, bool(config.api_keys))
 
     async def metrics_text(request: Request) -> Response:

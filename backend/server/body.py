@@ -17,7 +17,8 @@ from backend.errors import UserError
 
 MAX_BODY_BYTES = 2_000_000
 MAX_DEPTH = 64
-MAX_FIELDS = 1024  # of one object: bounds the work of naming everything that is wrong with it
+MAX_FIELDS = 1024  # of one object; this and the next bound the work of finding what is wrong
+MAX_NODES = 20_000  # objects and lists together
 READ_SECONDS = 30.0
 INLINE_BYTES = 1 << 16  # larger bodies are parsed in a thread, away from everybody's streams
 
@@ -109,8 +110,13 @@ def _too_large_number() -> UserError:
 def _check_values(root: dict[str, Any]) -> None:
     """Refuse what Python's parser lets through although it is no JSON or no Unicode text."""
     todo: list[tuple[Any, int]] = [(root, 1)]
+    nodes = 0
     while todo:
         node, depth = todo.pop()
+        nodes += 1
+        if nodes + len(todo) > MAX_NODES:
+            raise UserError(
+                f"The request body has more than {MAX_NODES} objects and lists.")
         if depth > MAX_DEPTH:
             raise _too_deep()
         children = node

@@ -63,7 +63,7 @@ class Metrics:
     ) -> None:
         self.clock = clock
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(stats, num_blocks))  # type: ignore[arg-type]
+        self.registry.register(_EngineCollector(stats, num_blocks))
 
         def times(name: str, text: str) -> Histogram:
             return Histogram(name, text, buckets=_SECONDS, registry=self.registry)

@@ -117,10 +117,7 @@ class OpenAIRoutes:
         """A prompt as text, for `echo`."""
         if isinstance(prompt, str):
             return prompt
-        size = self.chat.engine.require_ready().vocab_size
-        known = (token for token in prompt if 0 <= token < size)  # others are refused in a moment
-        raw = b"".join(map(self.chat.tokenizer.token_bytes, known))
-        return raw.decode("utf-8", errors="replace")
+        return self.chat.tokenizer.decode(prompt)
 
     async def _answer(
         self,

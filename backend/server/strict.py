@@ -41,7 +41,9 @@ def described(default: Any, help: str, expects: str, **bounds: Any) -> Any:
 
 def expects(model: type[Strict], name: str) -> str:
     """What the field must be, in words."""
-    return model.model_fields[name].json_schema_extra["expects"]  # type: ignore[index, call-overload]
+    extra = model.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)  # every field is `described`
+    return str(extra["expects"])
 
 
 def show(value: Any) -> str:
@@ -69,7 +71,7 @@ def parse(model: type[M], data: dict[str, Any]) -> M:
 
 def _settle(data: dict[str, Any], model: type[Strict], place: str = "") -> dict[str, Any]:
     """Drop fields that are known but change nothing here; refuse the others that are no fields."""
-    settled = {}
+    settled: dict[str, Any] = {}
     for name, value in data.items():
         part = model.parts.get(name)
         if part and isinstance(value, dict):

@@ -11,8 +11,12 @@ from functools import partial
 from typing import Any
 
 import httpx
+import tokenizers
 import uvicorn
 from openai import OpenAI
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from backend.chat import ChatService
 from backend.config import EngineConfig, ServerConfig
@@ -21,23 +25,25 @@ from backend.engine.engine import Engine
 from backend.engine.launcher import ThreadHandle
 from backend.engine.types import Sequence
 from backend.server.api import create_app
-from backend.server.limits import Limits
+from backend.server.limits import Admission, Limits
+from backend.tokenizer import Tokenizer
 from tests.fake_model import FakeRunner, fake_info
 
 EOS = 257
 NAME = "fake-model"
 
 
-class ByteTokenizer:
-    """One token a byte; 256 begins a text, 257 ends a reply."""
-
-    eos_token_ids = (EOS,)
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return ([256] if add_special_tokens else []) + list(text.encode())
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id]) if token_id < 256 else b""
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, its id the byte's value; 256 begins a text, 257 ends a reply."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelled = {byte: chr(byte) for byte in printable}
+    spelled |= {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+    backend = tokenizers.Tokenizer(BPE({spelled[byte]: byte for byte in range(256)}, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend, bos_token="<s>", eos_token_ids=[EOS])
 
 
 class LastMessage:
@@ -51,11 +57,21 @@ class Script:
     """What the model says, by the beginning of the prompt.
 
     random: 20 letters by the request's seed. endless: never ends. crash: fails after three tokens.
-    slow: a token each time that `steps` is released. Anything else is echoed.
+    slow: as anything else, but the step waits while the engine is `held`. All else is echoed.
     """
 
     def __init__(self) -> None:
-        self.steps = threading.Semaphore(0)
+        self._go = threading.Event()
+        self._go.set()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Prompts that begin with "slow" get no token within."""
+        self._go.clear()
+        try:
+            yield
+        finally:
+            self._go.set()
 
     def next_token(self, seq: Sequence) -> int:
         prompt = bytes(t for t in seq.request.prompt_token_ids if t < 256)
@@ -67,11 +83,11 @@ class Script:
         if prompt.startswith(b"crash") and at == 3:
             raise RuntimeError("the script says so")
         if prompt.startswith(b"slow"):
-            self.steps.acquire()
+            self._go.wait()
         return prompt[at] if at < len(prompt) else EOS
 
     def build(self, config: EngineConfig) -> Engine:
-        info = fake_info(session_len=2048, num_blocks=4096)
+        info = fake_info(session_len=1 << 17, num_blocks=1 << 15)
         return Engine(FakeRunner(info, self.next_token))
 
 
@@ -80,12 +96,14 @@ class Served:
 
     def __init__(self, config: ServerConfig, limits: Limits | None) -> None:
         self.config = config
+        self.admission = Admission(limits or Limits())
         self.script = Script()
         self.engine = AsyncEngine(EngineConfig("fake"), partial(ThreadHandle, self.script.build))
         self.chat = ChatService(
-            self.engine, ByteTokenizer(), LastMessage(), NAME)  # type: ignore[arg-type]
+            self.engine, byte_tokenizer(), LastMessage(), NAME)  # type: ignore[arg-type]
         self.app = create_app(
-            self.chat, config, limits=limits, sampling_defaults={"temperature": 0.5})
+            self.chat, config, admission=self.admission,
+            sampling_defaults={"temperature": 0.5})
         self.loop = asyncio.new_event_loop()
         self.server = uvicorn.Server(uvicorn.Config(
             self.app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
@@ -110,8 +128,6 @@ class Served:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for _ in range(10_000):
-            self.script.steps.release()
         self.server.should_exit = True
         self._thread.join(30)
 
@@ -120,7 +136,7 @@ class Served:
                       **options)
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        return httpx.Client(base_url=self.url, timeout=60, verify=False, **options)
 
     def run(self, work: Callable[[], Awaitable[Any]]) -> Any:
         """Run in the server's own loop."""
@@ -136,11 +152,18 @@ class Served:
             raise AssertionError("it did not come about")
         self.run(work)
 
-    def idle(self) -> bool:
-        """Whether the engine has nothing left to do, as it says itself."""
+    def assert_all_ended(self) -> None:
+        """Insist that all open work ends by itself and leaves nothing behind."""
+        admission = self.admission
+        self.eventually(lambda: not self.engine._streams and not admission.open_by_key)
+        assert admission.waiting == admission.waiting_tokens == 0
+        # The engine tells its counts with a step; so make it take one more.
+        key = self.config.api_keys[0] if self.config.api_keys else "none"
+        self.client(key).completions.create(model=NAME, prompt="x")
         stats = self.engine.stats
-        return not self.engine._streams and (
-            stats is None or stats.num_running == stats.num_waiting == 0)
+        assert stats is not None and stats.num_running == stats.num_waiting == 0
+        assert self.engine.info is not None
+        assert stats.num_blocks_free + stats.num_blocks_cached == self.engine.info.num_blocks
 
 
 @contextmanager
