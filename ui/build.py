@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 
 import gradio as gr
-from gradio.routes import FastAPI
+from fastapi import FastAPI
 
 from backend.services import Services
 from ui import forms, theme

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
 from playwright.sync_api import Browser, Error, sync_playwright
 
+from tests.browser import find_browser
 from tests.e2e.chat_page import ChatPage
 
 QUIET = [  # the browser's own traffic; --no-sandbox because CI runs as root
@@ -17,17 +17,11 @@ QUIET = [  # the browser's own traffic; --no-sandbox because CI runs as root
 ]
 
 
-def installed_browser() -> str | None:
-    """Path of a Chromium or Chrome on this machine."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    return next(filter(None, map(shutil.which, names)), None)
-
-
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         try:  # without a path, the browser that `playwright install` fetched
-            browser = playwright.chromium.launch(executable_path=installed_browser(), args=QUIET)
+            browser = playwright.chromium.launch(executable_path=find_browser(), args=QUIET)
         except Error as error:
             if os.environ.get("CI"):
                 pytest.fail(f"CI needs a browser: {error}")
