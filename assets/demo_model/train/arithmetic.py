@@ -90,7 +90,7 @@ class Arithmetic:
             for language in ("en", "zh")
         }
         self.next_step = {
-            language: {op: patterns(table[language]["next"][op]) for op in ("add", "subtract")}
+            language: {op: patterns(table[language]["next"][op]) for op in SIGNS}
             for language in ("en", "zh")
         }
         self.special = {
@@ -130,8 +130,16 @@ class Arithmetic:
 
     def following(self, rng: random.Random, language: str, value: int) -> tuple[str, Reply]:
         """``plus 5?`` after a result."""
-        operation = rng.choice(("add", "subtract"))
-        b = rng.randint(1, 50)
+        operation = rng.choices(tuple(SIGNS), (4, 4, 2, 1))[0]
+        b = rng.randint(1, 20 if rng.random() < 0.6 else 50)
+        if operation == "multiply":
+            b = rng.randint(2, 12 if abs(value) <= 12 else 3)
+        elif operation == "divide":
+            whole = [n for n in range(2, 13) if value % n == 0]
+            if not whole or value <= 0:
+                operation = "add"
+            else:
+                b = rng.choice(whole)
         text = rng.choice(self.next_step[language][operation]).expand(rng)
         return text.replace("{b}", str(b)), equation(operation, value, b)
 

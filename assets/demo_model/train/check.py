@@ -35,7 +35,7 @@ def check_answers(model: Llama, tokenizer: Tokenizer, quick: bool = False) -> di
 
     Returns the number of right answers, of questions, and each question with its answer.
     """
-    checks = load("check")["check"]
+    checks: list[dict[str, Any]] = load("check")["check"]
     if quick:
         checks = checks[:2]
     talks: list[list[Message]] = [[] for _ in checks]

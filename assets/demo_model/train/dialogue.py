@@ -12,11 +12,10 @@ from assets.demo_model.train.conversation import Conversation, Message
 from assets.demo_model.train.knowledge import INTENTS, Reply
 from assets.demo_model.train.memory import Memory
 from assets.demo_model.train.phrasing import CJK, Phrasing
-from assets.demo_model.train.questions import Questions
+from assets.demo_model.train.questions import Questions, first_sentence
 
 TOKEN_BUDGET = 1800  # estimated; leaves room, because the estimate is rough
 LONGEST_QUOTE = 160  # characters of a question that is quoted back
-SENTENCE_END = re.compile(r"(?<=[.!?])\s|(?<=[。！？])")
 NEXT_INTENT = {"what": "why", "why": "when", "when": "how", "how": "cost", "cost": "what"}
 
 
@@ -24,11 +23,6 @@ def estimated_tokens(text: str) -> float:
     """A generous guess: a Chinese character is one token, other text two characters a token."""
     chinese = len(CJK.findall(text))
     return 6 + chinese * 1.3 + (len(text) - chinese) / 2.2
-
-
-def first_sentence(text: str) -> str:
-    """What remains of an answer that is to be short."""
-    return SENTENCE_END.split(text, maxsplit=1)[0].strip()
 
 
 @dataclass
@@ -77,9 +71,7 @@ class Dialogues:
         return state.conversation
 
     def _system(self, rng: random.Random, state: State) -> None:
-        kind = rng.choices(
-            ("none", "plain", "chinese", "english", "brief"), (72, 16, 4, 4, 4)
-        )[0]
+        kind = rng.choices(("none", "plain", "chinese", "english", "brief"), (72, 16, 4, 4, 4))[0]
         if kind == "none":
             return
         text = rng.choice(self.system_prompts[kind])
@@ -137,9 +129,7 @@ class Dialogues:
             state.facts[fact] = value
             mark = "。" if state.language == "zh" else ". "
             question = introduction + mark + question
-            reply = Reply(
-                f"{heard.en} {reply.en}", heard.zh + reply.zh, reply.topic, reply.intent
-            )
+            reply = Reply(f"{heard.en} {reply.en}", heard.zh + reply.zh, reply.topic, reply.intent)
         self._say(state, question, reply, state.language)
         return True
 
@@ -251,7 +241,7 @@ class Dialogues:
     def _next_sum(self, rng: random.Random, state: State) -> bool:
         """``plus 5?`` after a result."""
         last = state.last
-        if last is None or last.value is None or abs(last.value) > 200:
+        if last is None or last.value is None or not -20 <= last.value <= 200:
             return self._sum(rng, state) if rng.random() < 0.3 else False
         text, reply = self.arithmetic.following(rng, state.language, last.value)
         typed = self.phrasings[state.language].framed(rng, text)

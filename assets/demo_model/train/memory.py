@@ -81,9 +81,7 @@ class Memory:
         text = rng.choice(fact.tell[language]).expand(rng).replace("{v}", value)
         return text, fact.id, value, filled(fact.heard, value)
 
-    def recall(
-        self, rng: random.Random, language: str, known: dict[str, str]
-    ) -> tuple[str, Reply]:
+    def recall(self, rng: random.Random, language: str, known: dict[str, str]) -> tuple[str, Reply]:
         """A question about something told before (or, at times, never told)."""
         if known and rng.random() < 0.85:
             fact = self.facts[rng.choice(sorted(known))]

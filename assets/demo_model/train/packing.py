@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -14,6 +15,7 @@ from assets.demo_model.train.conversation import END_OF_TEXT, IM_END, IM_START, 
 CONTEXT = 2048
 ROW = CONTEXT + 1  # inputs are row[:-1], targets row[1:]
 OPEN_ROWS = 24
+CORRUPTED = 0.12  # share of text tokens
 
 Piece = tuple[NDArray[np.int16], NDArray[np.bool_]]  # token ids, learnt or not: same length
 
@@ -35,15 +37,24 @@ def encode_conversations(
         yield ids, learnt
 
 
-def text_pieces(documents: Sequence[NDArray[np.int16]], rng: random.Random) -> Iterator[Piece]:
-    """Endless random spans of the documents, longer documents more often; all tokens learnt."""
-    weights = [len(d) for d in documents]
+def text_pieces(
+    documents: Sequence[NDArray[np.int16]], rng: random.Random, vocab_size: int
+) -> Iterator[Piece]:
+    """Endless random spans of the documents, longer documents more often.
+
+    The text is short and seen many times: one token in ``1 / CORRUPTED`` is replaced by another
+    one and not learnt, so that the network cannot just learn the text by heart.
+    """
+    weights = list(itertools.accumulate(len(d) for d in documents))
+    noise = np.random.default_rng(rng.getrandbits(64))
     while True:
-        document = rng.choices(documents, weights)[0]
+        document = rng.choices(documents, cum_weights=weights)[0]
         length = rng.choice((256, 512, 1024))
         first = rng.randrange(max(1, len(document) - length // 2))
-        span = document[first : first + length]
-        yield span, np.ones(len(span), dtype=np.bool_)
+        span = document[first : first + length].copy()
+        corrupted = noise.random(len(span)) < CORRUPTED
+        span[corrupted] = noise.integers(3, vocab_size, corrupted.sum())
+        yield span, ~corrupted
 
 
 def pack(pieces: Iterable[Piece], pad: int) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:

@@ -21,7 +21,8 @@ class Noise:
     synonym: float = 0.3
     drop: float = 0.08
     typo: float = 0.07
-    stray: float = 0.06
+    stray: float = 0.1
+    lost: float = 0.05
     plain: float = 0.2  # no disturbance at all
 
 
@@ -77,6 +78,8 @@ class Phrasing:
                 text = self._drop(rng, text)
             if rng.random() < noise.stray:
                 text = self._stray(rng, text)
+            if rng.random() < noise.lost:
+                text = self._lose(rng, text)
             if rng.random() < noise.frame:
                 text = self._frame(rng, text)
             if rng.random() < noise.typo:
@@ -96,13 +99,21 @@ class Phrasing:
         shorter = self.drop_pattern.sub(lambda m: "" if rng.random() < 0.6 else m[0], text)
         return shorter if len(shorter.strip()) > 3 else text
 
-    def _stray(self, rng: random.Random, text: str) -> str:
-        word = rng.choice(self.stray_words)
+    def _lose(self, rng: random.Random, text: str) -> str:
+        """Leaves out any words: what is left must do."""
         if self.language == "zh":
-            place = rng.choice((0, len(text)))
-            return text[:place] + word + text[place:]
+            return "".join(c for c in text if not CJK.match(c) or rng.random() > 0.1) or text
+        words = [w for w in text.split(" ") if rng.random() > 0.2]
+        return " ".join(words) or text
+
+    def _stray(self, rng: random.Random, text: str) -> str:
+        """Puts in a word or two that mean nothing here."""
+        if self.language == "zh":
+            word = rng.choice(self.stray_words)
+            return word + text if rng.random() < 0.5 else text + word
         words = text.split(" ")
-        words.insert(rng.randrange(len(words) + 1), word)
+        for _ in range(rng.randint(1, 2)):
+            words.insert(rng.randrange(len(words) + 1), rng.choice(self.stray_words))
         return " ".join(words)
 
     def _frame(self, rng: random.Random, text: str) -> str:

@@ -19,7 +19,25 @@ from assets.demo_model.train.knowledge import (
 )
 from assets.demo_model.train.phrasing import CJK, Phrasing
 
+UNPREPARED_PAIRS = 0.3  # share of comparisons that are of any two topics
 OWN_QUESTIONS = 0.5  # share of a topic's questions that are its own, not the general patterns
+
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s|(?<=[。！？])")
+
+
+def first_sentence(text: str) -> str:
+    """What remains of an answer that is to be short."""
+    return SENTENCE_END.split(text, maxsplit=1)[0].strip()
+
+
+def side_by_side(first: Reply, second: Reply) -> Reply:
+    """Two topics that nobody has compared yet: what each is, one after the other."""
+    return Reply(
+        f"{first_sentence(first.en)} {first_sentence(second.en)}",
+        first_sentence(first.zh) + first_sentence(second.zh),
+        topic=first.topic,
+    )
 
 
 class Questions:
@@ -29,6 +47,7 @@ class Questions:
         self.phrasings = phrasings
         self.topics = read_topics()
         self.comparisons = read_comparisons(self.topics)
+        self.compared = {frozenset((c.first, c.second)): c.reply for c in self.comparisons}
         facts = read_facts()
         self.talk_asks: list[Ask] = []
         self.talk_weights: list[int] = []
@@ -84,14 +103,23 @@ class Questions:
                 return text
 
     def _comparison(self, rng: random.Random, language: str) -> tuple[str, Reply]:
-        pair = rng.choice(self.comparisons)
-        names = [self.name(rng, self.topics[n], language) for n in (pair.first, pair.second)]
-        rng.shuffle(names)
+        if rng.random() < UNPREPARED_PAIRS:
+            first, second = rng.sample(self.all_topics, 2)
+            reply = self.compared.get(frozenset((first.id, second.id))) or side_by_side(
+                first.replies["what"], second.replies["what"]
+            )
+        else:
+            pair = rng.choice(self.comparisons)
+            names = [pair.first, pair.second]
+            rng.shuffle(names)
+            first, second = (self.topics[name] for name in names)
+            reply = pair.reply
         phrasing = self.phrasings[language]
         while True:
-            text = phrasing.question(rng, phrasing.intents["compare"], x=names[0], y=names[1])
+            x, y = self.name(rng, first, language), self.name(rng, second, language)
+            text = phrasing.question(rng, phrasing.intents["compare"], x=x, y=y)
             if (language == "zh") == bool(CJK.search(text)):
-                return text, pair.reply
+                return text, reply
 
     def talk(self, rng: random.Random, language: str) -> tuple[str, Reply]:
         """Greetings, courtesies, questions about the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ def training_texts() -> list[str]:
     files = sorted(p for p in CALIBRATION.glob("*.txt") if not p.name.startswith("heldout"))
     documents: list[str] = []
     for file in files:
-        documents.extend(file.read_text(encoding="utf-8").split("\n\n\n"))
+        # English documents are parted by two blank lines, Chinese ones by a rule.
+        documents.extend(re.split(r"\n\n\n|\n---\n", file.read_text(encoding="utf-8")))
     return [d.strip() for d in documents if d.strip()]
 
 
@@ -51,7 +53,7 @@ def make_shard(plan: ShardPlan) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
         np.array(e.ids, dtype=np.int16)
         for e in tokenizer.encode_batch([t + END_OF_TEXT for t in training_texts()])
     ]
-    texts = text_pieces(documents, rng)
+    texts = text_pieces(documents, rng, tokenizer.get_vocab_size())
 
     def pieces() -> Iterator[Piece]:
         talk = text = 0

@@ -1,7 +1,7 @@
 """Trains the demo model in one run: corpus, tokenizer, network, checkpoint, log.
 
-    python -m assets.demo_model.train.train --out DIR            one NVIDIA H200, under 8 minutes
-    python -m assets.demo_model.train.train --out DIR --smoke    any CPU, under a minute; no model
+python -m assets.demo_model.train.train --out DIR            one NVIDIA H200, under 8 minutes
+python -m assets.demo_model.train.train --out DIR --smoke    any CPU, under a minute; no model
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from assets.demo_model.train.shards import CALIBRATION, ShardPlan, make_corpus, 
 from assets.demo_model.train.tokenizer import train_tokenizer
 
 TOKENIZER_CONVERSATIONS = 30_000
-PROJECTED_AT_STEP = 150  # late enough that compilation is over
+PROJECTED_AT_STEP = 200  # late enough that compilation is over
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class Recipe:
     """Every number that decides what comes out."""
 
     seed: int = 7
-    steps: int = 3600
-    rows_per_step: int = 64  # of CONTEXT tokens each
-    peak_lr: float = 2e-3
-    final_lr: float = 2e-5
-    warmup_steps: int = 200
+    steps: int = 6000
+    rows_per_step: int = 32  # of CONTEXT tokens each
+    peak_lr: float = 1.5e-3
+    final_lr: float = 1e-5
+    warmup_steps: int = 300
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    corpus_tokens: int = 160_000_000
+    corpus_tokens: int = 256_000_000
     shards: int = 16
-    text_share: float = 0.1
+    text_share: float = 0.08
 
 
 SMOKE = Recipe(steps=4, rows_per_step=1, warmup_steps=1, corpus_tokens=60_000, shards=1)
@@ -99,7 +99,8 @@ def fit(
     def loss_of(rows: Tensor, mask: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=on_gpu):
             logits = model(rows[:, :-1])
-        losses = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+        wanted = rows[:, 1:].flatten()
+        losses = F.cross_entropy(logits.float().flatten(0, 1), wanted, reduction="none")
         weights = mask[:, 1:].flatten().float()
         return (losses * weights).sum() / weights.sum().clamp(min=1)
 
