@@ -20,7 +20,7 @@ from starlette.routing import Match, Route
 from backend.config import ServerConfig
 from backend.server import protocol
 from backend.server.auth import Guard
-from backend.server.docs import api_page, body_schema, components
+from backend.server.docs import api_page, body_schema, openapi_schema
 from backend.server.failures import error_body, install_error_handlers
 from backend.server.limits import Admission, Limits
 from backend.server.metrics import CONTENT_TYPE, CountRequests, Metrics
@@ -105,8 +105,14 @@ def create_app(
                       openapi_extra=body_schema(protocol.CompletionRequest))
     app.add_api_route("/metrics", metrics_text, methods=["GET"])
     app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
+    schema = openapi_schema(app.routes)
+
+    async def openapi(request: Request) -> Response:
+        """The API page for programs."""
+        return JSONResponse(schema)
+
+    app.add_api_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
     own = frozenset(str(getattr(route, "path", "")) for route in app.routes)
-    app.openapi()["components"] = {"schemas": components()}  # kept by the application
     _add_fallbacks(app)
     # The last added is the outermost: refused requests are counted too.
     app.add_middleware(Guard, config=config)
@@ -116,7 +122,7 @@ def create_app(
 
 def _bare_app(config: ServerConfig) -> FastAPI:
     app = FastAPI(
-        title="LMDesk", root_path=config.root_path, docs_url=None, redoc_url=None,
+        root_path=config.root_path, openapi_url=None, docs_url=None, redoc_url=None,
         # A redirect would be made of the Host header, whatever that says.
         redirect_slashes=False,
     )

@@ -6,11 +6,13 @@ One static page without scripts: it works offline, and cannot disagree with what
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
+from starlette.routing import BaseRoute
 
 from backend.config import SamplingParams
 from backend.server.protocol import ChatRequest, CompletionRequest, Message, StreamOptions
@@ -19,11 +21,16 @@ from backend.server.strict import Strict, expects
 _REF = "#/components/schemas/{model}"
 
 
-def components() -> dict[str, Any]:
-    """JSON schemas of the request bodies, by name."""
-    _, schema = models_json_schema(
+def openapi_schema(routes: Sequence[BaseRoute]) -> dict[str, Any]:
+    """OpenAPI's description of `routes`, with the bodies that they parse themselves."""
+    schema = get_openapi(title="LMDesk", version="1", routes=routes)
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)  # FastAPI's own way to refuse, not ours
+    _, bodies = models_json_schema(
         [(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template=_REF)
-    return schema["$defs"]
+    schema["components"] = {"schemas": bodies["$defs"]}
+    return schema
 
 
 def body_schema(model: type[Strict]) -> dict[str, Any]:

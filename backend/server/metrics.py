@@ -98,10 +98,12 @@ class CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        route = scope["path"] if scope["path"] in self._routes else "other"
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
+                # The router notes the route; it has not been asked if the guard refused.
+                path = getattr(scope.get("route"), "path", scope["path"])
+                route = path if path in self._routes else "other"
                 self._metrics.requests.labels(route, str(message["status"])).inc()
             await send(message)
 
