@@ -32,7 +32,8 @@ def events(text: str) -> list[dict | str]:
 def test_closing_a_stream_ends_the_work(served: Served, n: int):
     with served.http() as http:
         with http.stream("POST", CHAT, json=body("endless", stream=True, n=n)) as reply:
-            next(reply.iter_raw())
+            pieces = reply.iter_raw()  # kept: its end would close the connection
+            next(pieces)
             assert len(served.engine._streams) == n
         served.assert_all_ended()
 
