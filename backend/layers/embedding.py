@@ -64,13 +64,26 @@ class ParallelLMHead(nn.Module):
     call it together.
 
     Args:
-        table: the weights; the embedding itself if the two are tied.
+        table: the weights; the embedding itself if the two are tied. On a CPU the head then keeps
+            a copy, in the layout that it multiplies fastest.
     """
 
-    def __init__(self, table: VocabParallelEmbedding) -> None:
+    table: VocabParallelEmbedding | None
+
+    def __init__(self, table: VocabParallelEmbedding, context: BuildContext) -> None:
         super().__init__()
+        self.parallel = context.parallel
+        self.method = context.linear_method
+        self.vocab_size = table.vocab_size
         self.table = table
 
+    def process_weights_after_loading(self) -> None:
+        """Call once, when the table is filled."""
+        assert self.table is not None
+        self.weight = self.table.weight
+        self.table = None  # if it is the head's own, this frees the layout that loading needed
+        self.method.process_weights_after_loading(self)
+
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.table.weight).float()
-        return self.table.parallel.all_gather(logits)[:, : self.table.vocab_size]
+        logits = self.method.apply(self, hidden, None).float()
+        return self.parallel.all_gather(logits)[:, : self.vocab_size]

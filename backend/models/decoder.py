@@ -171,7 +171,7 @@ class Decoder(nn.Module):
             table = VocabParallelEmbedding(
                 config.vocab_size, config.hidden_size, "lm_head", context
             )
-        self.lm_head = ParallelLMHead(table)
+        self.lm_head = ParallelLMHead(table, context)
 
     @classmethod
     def configure(cls, config: ModelConfig, fields: ConfigFields) -> ModelConfig:
@@ -218,8 +218,8 @@ class Decoder(nn.Module):
 
     def process_weights_after_loading(self) -> None:
         """Call once, when every slot is filled."""
-        for module in self.modules():
-            if isinstance(module, LinearLayer):
+        for module in list(self.modules()):
+            if isinstance(module, (LinearLayer, ParallelLMHead)):
                 module.process_weights_after_loading()
 
     def weight_bytes(self) -> int:
