@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from backend.chat import ChatBackend
+from backend.chat import ChatBackend, Message
 from backend.errors import UserError
 from backend.services import Services
 from ui import chat_view, forms
@@ -123,7 +123,7 @@ class ChatTab:
             "js": "(box, returned) => box || returned"}
         gr.on([self.box.submit, self.send.click], self.on_send, self.form, outputs,
               **event).then(**give_back)
-        self.chatbot.example_select(self.on_example, self.form, outputs, **event)
+        self.chatbot.example_select(self.on_example, self.form, outputs, **event).then(**give_back)
         self.chatbot.retry(self.on_retry, self.form, outputs, **event)
         self.chatbot.edit(self.on_edit, self.form, outputs, **event).then(**give_back)
         self.chatbot.undo(self.on_undo, self.form, outputs, **event).then(**give_back)
@@ -221,8 +221,8 @@ class ChatTab:
 
         `user` leaves the message box if it came `from_box`; what becomes no turn goes back there.
         """
-        conversation = self.store.open(form[self.conversation_id])
         try:
+            conversation = self.store.open(form[self.conversation_id])
             pending = self._begin(conversation, form, locale, user, keep)
         except UserError as error:
             self._warn(error, locale)
@@ -240,6 +240,8 @@ class ChatTab:
                 self.returned: "",
                 **({self.box: ""} if from_box else {}),
             }
+            asked = conversation.messages(pending.keep, user)
+            yield {self.meter: await self._meter(asked, backend, locale)}
             while not live.done:
                 await live.wait(FRAME_S)
                 now = time.monotonic()
@@ -296,13 +298,12 @@ class ChatTab:
             self.chatbot: chat_view.chat_messages(conversation, locale),
             self.live: "",
             self.turn_stats: chat_view.stats_html(conversation, locale),
-            self.meter: await self._meter(conversation, backend, locale),
+            self.meter: await self._meter(conversation.messages(), backend, locale),
             self.send: gr.update(visible=True),
             self.stop: gr.update(visible=False),
         }
 
-    async def _meter(self, conversation: Conversation, backend: ChatBackend, locale: str) -> str:
-        messages = conversation.messages()
+    async def _meter(self, messages: list[Message], backend: ChatBackend, locale: str) -> str:
         try:
             tokens = await backend.count_tokens(messages) if messages else 0
             if tokens is None or self.remote:
@@ -315,7 +316,7 @@ class ChatTab:
     def _warn(self, error: BaseException, locale: str) -> None:
         """A toast with a sentence that helps; what only a programmer understands is logged."""
         if isinstance(error, UserError):
-            gr.Warning(escape(str(error)), title=t("error.title", locale))
+            gr.Warning(escape(str(error)))
         else:
             logger.error("A reply failed", exc_info=error)
-            gr.Warning(t("error.internal", locale), title=t("error.title", locale))
+            gr.Warning(t("error.internal", locale))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from html import escape
 from typing import Any
@@ -34,24 +35,32 @@ class RemotePanel:
                 [], label=label("remote.model"), elem_id="remote-model",
                 allow_custom_value=True)
         self.inputs = (self.url, self.api_key, self.models)
-        gr.on([self.connect.click, self.url.submit, self.api_key.submit], self.on_connect,
-              [self.url, self.api_key], [self.models], show_progress="minimal",
-              concurrency_limit=None, api_visibility="private")
+        self._connect_on([self.connect.click, self.url.submit, self.api_key.submit])
 
     def wire_load(self, page: gr.Blocks) -> None:
-        page.load(self.on_connect, [self.url, self.api_key], [self.models],
-                  show_progress="hidden", concurrency_limit=None, api_visibility="private")
+        """Connect to the default server when the page is opened."""
+        self._connect_on([page.load])
+
+    def _connect_on(self, triggers: list[Any]) -> None:
+        default = json.dumps(self.services.default_url)
+        gr.on(
+            triggers, self.on_connect, [self.url, self.api_key], [self.models],
+            show_progress="hidden", concurrency_limit=None, api_visibility="private",
+        ).then(  # the status bar polls the default server only
+            None, [self.url, self.models], [],
+            js=f"(url, model) => window.LMDESK.showTarget(url === {default} ? '' : url, model)",
+        )
 
     async def on_connect(self, url: str, api_key: str, request: gr.Request) -> Any:
         locale = locale_of(request)
         try:
             names = await self._client(url, api_key).models()
         except UserError as error:
-            gr.Warning(escape(str(error)), title=t("error.title", locale))
+            gr.Warning(escape(str(error)))
             return gr.update(choices=[], value=None)
         except Exception:
             logger.exception("Connecting to an api_server failed")
-            gr.Warning(t("error.internal", locale), title=t("error.title", locale))
+            gr.Warning(t("error.internal", locale))
             return gr.update(choices=[], value=None)
         return gr.update(choices=names, value=names[0] if names else None)
 

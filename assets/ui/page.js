@@ -75,8 +75,20 @@
         engine: size(memory.engine) }) : "");
   };
 
+  // Restful mode: /api/status tells of the default server; of another one the page knows only
+  // whether it named a model when it was asked.
+  let target = null;
+  desk.showTarget = (url, model) => {
+    target = url ? { state: model ? "ready" : "unreachable", model: model || url } : null;
+    poll();
+  };
+
   const poll = async () => {
     if (document.hidden) return;
+    if (target) {
+      showStatus(target);
+      return;
+    }
     const root = (window.gradio_config?.root || location.origin + location.pathname)
       .replace(/\/+$/, "");
     try {

@@ -17,8 +17,9 @@ QUIET = [  # the browser's own traffic; --no-sandbox because CI runs as root
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """One a module: while it is open, this thread has an event loop that others would trip over."""
     with sync_playwright() as playwright:
         try:  # without a path, the browser that `playwright install` fetched
             browser = playwright.chromium.launch(executable_path=find_browser(), args=QUIET)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -82,15 +83,24 @@ class FakeChat:
 
 
 @contextmanager
-def serve(services: Services) -> Iterator[str]:
-    """The page over `services` on a free port of this machine; yields its URL."""
+def serve(services: Services, prefix: str = "") -> Iterator[str]:
+    """The page over `services` on a free port of this machine; yields its URL.
+
+    With a `prefix` it can be reached under that too, as through a proxy that takes it off.
+    """
     app = FastAPI()
 
     @app.get("/api/status")
     async def status() -> dict[str, object]:
         return asdict(await services.chat.status())
 
-    mount_page(app, services)
+    mount_page(app, services, prefix)
+
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        if prefix and scope.get("path", "").startswith(prefix):
+            scope = {**scope, "path": scope["path"].removeprefix(prefix)}
+        await app(scope, receive, send)
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -101,7 +111,7 @@ def serve(services: Services) -> Iterator[str]:
             await super().startup(sockets)
             ready.set()
 
-    server = Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    server = Server(uvicorn.Config(proxy, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     if not ready.wait(60):

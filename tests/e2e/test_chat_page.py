@@ -269,6 +269,8 @@ def test_phone_screen(new_page: Open, url: str) -> None:
     for name in ("Send", "Clear"):
         expect(page.page.get_by_role("button", name=name, exact=True)).to_be_in_viewport()
     assert page.page.evaluate("document.documentElement.scrollWidth") == 390
+    page.set_sampling("temperature", "0.2")  # the settings are below the chat
+    expect(page.page.locator("#sampling-temperature")).to_be_in_viewport()
 
 
 def test_keyboard_alone_is_enough(chat: ChatPage) -> None:

@@ -55,11 +55,13 @@ def test_dead_server_is_a_sentence_and_the_page_goes_on(chat: ChatPage, dead_url
     chat.wait_reply(1)
     chat.set_remote(dead_url)
     expect(chat.toast).to_contain_text(dead_url)
+    expect(chat.page.locator("#status-bar")).to_contain_text("Unreachable")
     chat.send("unanswered")
     expect(chat.box).to_have_value("unanswered")
     assert [user for user, _ in chat.turns()] == ["first"]
     chat.set_remote(REMOTE)
     expect(chat.page.locator("#remote-model input")).to_have_value("fake-model")
+    expect(chat.page.locator("#status-bar")).to_contain_text("Ready")
     chat.box.press("Enter")
     assert "unanswered" in chat.wait_reply(2)
 
