@@ -30,8 +30,9 @@ def main() -> None:
     quiet = dict(stdout=subprocess.DEVNULL, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
     print("Installing Chromium for the tests of the page ...", flush=True)
     subprocess.run(["apt-get", "update"], check=True, **quiet)
-    subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES],
-                   check=True, **quiet)
+    subprocess.run(
+        ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES], check=True, **quiet
+    )
 
 
 if __name__ == "__main__":

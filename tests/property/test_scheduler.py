@@ -1,4 +1,4 @@
-"""The laws of scheduler and block manager, by a state machine that adds, steps, aborts, preempts."""
+"""The laws of scheduler and block manager: a state machine adds, steps, aborts and preempts."""
 
 from __future__ import annotations
 
@@ -23,21 +23,32 @@ def expected_reply(prompt: list[int], max_tokens: int, stop: frozenset[int]) -> 
         tokens.append(hash(tuple(tokens)) % VOCAB)
         if tokens[-1] in stop:
             break
-    return tokens[len(prompt):]
+    return tokens[len(prompt) :]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        num_blocks=st.integers(9, 24), block_size=st.sampled_from([2, 4]),
-        max_batch_size=st.integers(1, 5), max_step_tokens=st.integers(1, 24),
+        num_blocks=st.integers(9, 24),
+        block_size=st.sampled_from([2, 4]),
+        max_batch_size=st.integers(1, 5),
+        max_step_tokens=st.integers(1, 24),
         prefix=st.booleans(),
     )
     def build(self, num_blocks, block_size, max_batch_size, max_step_tokens, prefix):
         session_len = min(num_blocks * block_size, 30)
-        info = fake_info(vocab_size=VOCAB, session_len=session_len, max_batch_size=max_batch_size,
-                         num_blocks=num_blocks, block_size=block_size)
-        self.engine = Engine(CheckingRunner(info), enable_prefix_caching=prefix,
-                             max_step_tokens=max_step_tokens, random_source=random.Random(0))
+        info = fake_info(
+            vocab_size=VOCAB,
+            session_len=session_len,
+            max_batch_size=max_batch_size,
+            num_blocks=num_blocks,
+            block_size=block_size,
+        )
+        self.engine = Engine(
+            CheckingRunner(info),
+            enable_prefix_caching=prefix,
+            max_step_tokens=max_step_tokens,
+            random_source=random.Random(0),
+        )
         self.session_len = session_len
         self.replies: dict[str, list[int]] = {}
         self.expected: dict[str, list[int]] = {}
@@ -45,9 +56,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.aborted: set[str] = set()
         self.count = 0
 
-    @rule(shared=st.integers(0, 12), own=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=10),
-          max_tokens=st.integers(1, 14), stop=st.frozensets(st.integers(0, VOCAB - 1), max_size=3),
-          salt=st.sampled_from(["", "a"]))
+    @rule(
+        shared=st.integers(0, 12),
+        own=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=10),
+        max_tokens=st.integers(1, 14),
+        stop=st.frozensets(st.integers(0, VOCAB - 1), max_size=3),
+        salt=st.sampled_from(["", "a"]),
+    )
     def add(self, shared, own, max_tokens, stop, salt):
         prompt = (([7, 3] * 6)[:shared] + own)[: self.session_len - 1]
         request_id = str(self.count)
@@ -107,7 +122,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert runs == seq.block_table
             for block in seq.block_table:
                 owners[block] = owners.get(block, 0) + 1
-            for block in seq.block_table[seq.num_hashed_blocks:]:
+            for block in seq.block_table[seq.num_hashed_blocks :]:
                 assert blocks._ref_count[block] == 1, "a block that is written has two owners"
         assert all(not seq.block_table for seq in scheduler.waiting)
         assert [owners.get(b, 0) for b in range(blocks.num_blocks)] == blocks._ref_count
@@ -129,13 +144,19 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=400, stateful_step_count=40, deadline=None, derandomize=True)
+    max_examples=400, stateful_step_count=40, deadline=None, derandomize=True
+)
 TestScheduler = SchedulerMachine.TestCase
 
 
 def engine_of(num_blocks: int, **options) -> Engine:
-    info = fake_info(vocab_size=VOCAB, session_len=64, num_blocks=num_blocks, block_size=4,
-                     max_batch_size=options.pop("max_batch_size", 4))
+    info = fake_info(
+        vocab_size=VOCAB,
+        session_len=64,
+        num_blocks=num_blocks,
+        block_size=4,
+        max_batch_size=options.pop("max_batch_size", 4),
+    )
     return Engine(CheckingRunner(info), **options)
 
 
@@ -154,7 +175,9 @@ def test_a_second_turn_reuses_the_first():
     turn = list(range(20)) + reply + [1, 2, 3]
     engine.add_request(Request("b", turn, SamplingParams(max_tokens=1)))
     output = engine.step()[0]
-    assert output.num_cached_tokens == 28  # 20 + 9 tokens, of which the last has no KV yet: 7 blocks
+    assert (
+        output.num_cached_tokens == 28
+    )  # 20 + 9 tokens, of which the last has no KV yet: 7 blocks
 
 
 def test_other_salts_share_nothing():
@@ -179,7 +202,9 @@ def test_preempted_alone_equals_unpreempted():
     plain, disturbed = engine_of(8), engine_of(8)
     for engine in (plain, disturbed):
         for name in "abc":
-            engine.add_request(Request(name, [ord(name) % VOCAB] * 6, SamplingParams(max_tokens=20)))
+            engine.add_request(
+                Request(name, [ord(name) % VOCAB] * 6, SamplingParams(max_tokens=20))
+            )
     replies: dict[str, list[int]] = {}
     while disturbed.has_work():
         for output in disturbed.step():

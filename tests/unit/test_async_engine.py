@@ -67,6 +67,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 def test_many_streams_are_not_mixed_and_aborts_free_everything(launch):
     async def test():
         async with running(launch) as engine:
+
             async def one(i: int) -> None:
                 prompt = [i % 256, i // 256] * 20
                 made = request(str(i), prompt, max_tokens=60)
@@ -77,6 +78,7 @@ def test_many_streams_are_not_mixed_and_aborts_free_everything(launch):
                             break
                 else:
                     assert await reply(engine, made) == [*prompt, EOS]
+
             await asyncio.gather(*(one(i) for i in range(90)))
             assert await reply(engine, request("last", [5])) == [5, EOS]
             stats = engine.stats
@@ -84,6 +86,7 @@ def test_many_streams_are_not_mixed_and_aborts_free_everything(launch):
             assert stats.num_running == stats.num_waiting == 0
             assert stats.num_blocks_free + stats.num_blocks_cached == engine.info.num_blocks
             assert engine.healthy()
+
     run(test)
 
 
@@ -107,6 +110,7 @@ def test_death_ends_every_request_and_the_engine_comes_back():
             await eventually(lambda: engine.state == "ready")
             assert engine.epoch == epoch + 1
             assert await reply(engine, request("again", [1, 2])) == [1, 2, EOS]
+
     run(test)
 
 
@@ -115,12 +119,14 @@ def test_dying_again_and_again_gives_up(monkeypatch):
 
     async def test():
         engine = AsyncEngine(
-            EngineConfig(model="fake"), partial(ProcessHandle, (sys.executable, "-c", "")))
+            EngineConfig(model="fake"), partial(ProcessHandle, (sys.executable, "-c", ""))
+        )
         await engine.start()
         with pytest.raises(UserError, match="died"):
             await engine.wait_ready()
         assert engine.state == "failed" and not engine.healthy()
         await engine.stop()
+
     run(test)
 
 
@@ -132,6 +138,7 @@ def test_a_hanging_engine_is_not_healthy_until_it_goes_on():
             def next_token(seq: Sequence) -> int:
                 assert gate.wait(60)
                 return EOS
+
             return Engine(FakeRunner(fake_info(), next_token))
 
         async with running(partial(ThreadHandle, build), clock=lambda: now[0]) as engine:
@@ -146,6 +153,7 @@ def test_a_hanging_engine_is_not_healthy_until_it_goes_on():
             gate.set()
             assert await task == [EOS]
             assert engine.healthy()
+
     run(test)
 
 
@@ -158,6 +166,7 @@ def test_late_words_of_a_dead_epoch_are_dropped():
             engine._on_event(late)
             rest = [t async for output in stream for t in output.token_ids]
             assert first.token_ids + rest == [1, 2, 3, EOS]
+
     run(test)
 
 
@@ -167,6 +176,7 @@ def test_a_request_that_cannot_run_fails_alone():
             outputs = [o async for o in engine.generate(request("bad", [1] * 5000))]
             assert outputs[-1].finish_reason == "error" and "5000" in outputs[-1].error
             assert await reply(engine, request("good", [4])) == [4, EOS]
+
     run(test)
 
 
@@ -174,12 +184,14 @@ def test_a_model_that_cannot_be_loaded_says_why():
     async def test():
         def build(config):
             raise UserError("The folder is empty.", "Name another.")
+
         engine = AsyncEngine(EngineConfig(model="fake"), partial(ThreadHandle, build))
         await engine.start()
         with pytest.raises(UserError, match="The folder is empty. Name another."):
             await engine.wait_ready()
         assert engine.state == "failed"
         await engine.stop()
+
     run(test)
 
 
@@ -190,4 +202,5 @@ def test_no_process_outlives_stop():
         assert pid is not None
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
     run(test)

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
-    path for folder in ("backend", "kernels", "quantize", "ui", "assets")
+    path
+    for folder in ("backend", "kernels", "quantize", "ui", "assets")
     for path in (ROOT / folder).rglob("*.py")
 ) + [ROOT / "app.py"]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -19,15 +20,26 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # backend.config and backend.errors are open to all.
 FLOORS = {
     "app": 50,
-    "ui": 40, "backend.server": 40, "backend.console": 40, "backend.doctor": 40,
+    "ui": 40,
+    "backend.server": 40,
+    "backend.console": 40,
+    "backend.doctor": 40,
     "backend.benchmark": 40,
     "backend.services": 35,
-    "backend.chat": 30, "backend.remote": 30, "quantize": 30,
-    "backend.engine": 20, "backend.tokenizer": 20, "backend.chat_template": 20,
-    "backend.detokenizer": 20, "backend.memory": 25, "backend.keyfile": 20,
-    "backend.models": 15, "backend.layers": 14,
+    "backend.chat": 30,
+    "backend.remote": 30,
+    "quantize": 30,
+    "backend.engine": 20,
+    "backend.tokenizer": 20,
+    "backend.chat_template": 20,
+    "backend.detokenizer": 20,
+    "backend.memory": 25,
+    "backend.keyfile": 20,
+    "backend.models": 15,
+    "backend.layers": 14,
     "kernels": 10,
-    "backend.config": 0, "backend.errors": 0,
+    "backend.config": 0,
+    "backend.errors": 0,
 }
 # On one floor, different rooms do not enter one another, except along these.
 DOORS = {
@@ -49,7 +61,7 @@ def module_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Every module that a file imports, inside functions too; strings in type hints do not count."""
+    """Every module that a file imports, inside functions too."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -76,7 +88,8 @@ def test_imports_go_down_only(path):
         for package, allowed in ONLY_IN.items():
             if imported == package or imported.startswith(package + "."):
                 assert any(own == a or own.startswith(a + ".") for a in allowed), (
-                    f"{own} imports {imported}")
+                    f"{own} imports {imported}"
+                )
         target = room_of(imported)
         if room is None or target is None or target == room or (room, target) in DOORS:
             continue
@@ -91,8 +104,14 @@ def test_no_file_over_400_lines(path):
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_nothing_unpickles_or_runs_foreign_code(path):
     text = path.read_text(encoding="utf-8")
-    for word in (r"\bpickle\b", r"torch\.load\(", r"(?<![\w.])eval\(", r"(?<![\w.])exec\(",
-                 r"trust_remote_code\s*=\s*True", r"shell\s*=\s*True"):
+    for word in (
+        r"\bpickle\b",
+        r"torch\.load\(",
+        r"(?<![\w.])eval\(",
+        r"(?<![\w.])exec\(",
+        r"trust_remote_code\s*=\s*True",
+        r"shell\s*=\s*True",
+    ):
         assert not re.search(word, text), f"{word} in {path.name}"
 
 
@@ -101,7 +120,8 @@ def test_config_and_errors_use_the_standard_library_only():
         for imported in imports_of(ROOT / "backend" / f"{name}.py"):
             top = imported.split(".")[0]
             assert top in __import__("sys").stdlib_module_names or imported.startswith(
-                "backend.errors"), imported
+                "backend.errors"
+            ), imported
 
 
 def test_no_module_is_called_utils():
@@ -111,8 +131,7 @@ def test_no_module_is_called_utils():
 def test_the_readme_shows_every_file():
     """The tree in the README has a line for every source file below the five rooms."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [path for path in SOURCES
-               if path.name not in readme and path.name != "__init__.py"]
+    missing = [path for path in SOURCES if path.name not in readme and path.name != "__init__.py"]
     assert not missing
 
 
