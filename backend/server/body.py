@@ -11,9 +11,10 @@ import json
 import math
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from backend.errors import UserError
+from backend.server.failures import ClientGoneError
 
 MAX_BODY_BYTES = 2_000_000
 MAX_DEPTH = 64
@@ -44,7 +45,7 @@ async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
     the connection closes would see a broken pipe instead of the 413.
 
     Raises:
-        BodyTooLargeError, BodyTimeoutError: see there.
+        BodyTooLargeError, BodyTimeoutError, ClientGoneError: see there.
     """
     chunks: list[bytes] = []
     size = 0
@@ -56,6 +57,8 @@ async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
                     chunks.append(chunk)
                 elif size > 8 * limit:
                     break
+    except ClientDisconnect:
+        raise ClientGoneError from None
     except TimeoutError:
         raise BodyTimeoutError(
             f"The request body did not arrive within {READ_SECONDS:.0f} seconds.") from None

@@ -15,6 +15,17 @@ from backend.errors import UserError
 
 log = logging.getLogger(__name__)
 
+class ClientGoneError(UserError):
+    """The client closed the connection before it was answered. The status is nginx's; nobody is
+    left to read it, but the metrics show it."""
+
+    status = 499
+    code = "client_closed_request"
+
+    def __init__(self) -> None:
+        super().__init__("The client closed the connection.")
+
+
 # Seconds after which to try again, by code.
 RETRY_AFTER_S = {"overloaded": 2, "rate_limit_exceeded": 2, "engine_not_ready": 5}
 
@@ -48,6 +59,9 @@ def error_response(error: Exception) -> JSONResponse:
         headers["Retry-After"] = str(seconds)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if body["error"]["code"] == "internal_error":
+        # The server closes after an exception; who is not told sends its next request into that.
+        headers["Connection"] = "close"
     return JSONResponse(body, status, headers)
 
 

@@ -26,8 +26,6 @@ from backend.server.strict import parse, show
 if TYPE_CHECKING:
     from backend.chat import ChatService, Delta, ReplyStats, TokenText
 
-CLIENT_GONE = 499  # nginx's number; nobody is left to read it, but the metrics show it
-
 Deltas = AsyncGenerator[tuple[int, "Delta"], None]
 
 
@@ -137,16 +135,13 @@ class OpenAIRoutes:
             self._one(prompt, _nth_seed(sampling, i), body.stop, salt, ticket)
             for prompt in prompts for i in range(n)])))
         count = n * len(prompts)
-        try:
-            if not body.stream:
-                whole = await sse.until_gone(request.receive, _collect(deltas, count, reply))
-                return JSONResponse(whole)
-            events = await stack.enter_async_context(aclosing(_events(deltas, count, reply)))
-            # Headers wait for the first event: bad input and a dead engine get their true status.
-            first = await sse.until_gone(request.receive, anext(events))
-            return sse.EventStream(first, events, stack.pop_all())
-        except sse.ClientGone:
-            return Response(status_code=CLIENT_GONE)
+        if not body.stream:
+            whole = await sse.until_gone(request.receive, _collect(deltas, count, reply))
+            return JSONResponse(whole)
+        events = await stack.enter_async_context(aclosing(_events(deltas, count, reply)))
+        # Headers wait for the first event: bad input and a dead engine get their true status.
+        first = await sse.until_gone(request.receive, anext(events))
+        return sse.EventStream(first, events, stack.pop_all())
 
     async def _one(
         self, prompt: list[int], sampling: SamplingParams, stop: tuple[str, ...], salt: str,

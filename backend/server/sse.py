@@ -11,14 +11,12 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from backend.server.failures import ClientGoneError
+
 T = TypeVar("T")
 
 STALL_SECONDS = 30.0
 DONE = b"data: [DONE]\n\n"
-
-
-class ClientGone(Exception):
-    """The client closed the connection before it was answered."""
 
 
 def event(data: dict[str, Any]) -> bytes:
@@ -40,7 +38,7 @@ async def until_gone(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled (and waited for) if the client goes first.
 
     Raises:
-        ClientGone: it went.
+        ClientGoneError: it went.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))
@@ -48,7 +46,7 @@ async def until_gone(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGone
+        raise ClientGoneError
     finally:
         for future in (task, gone):
             future.cancel()
@@ -124,7 +122,7 @@ class EventStream(Response):
         async with self._resources:
             try:
                 await until_gone(receive, self._send_all(send))
-            except (ClientGone, TimeoutError):
+            except (ClientGoneError, TimeoutError):
                 pass  # leaving closes `resources`, and the server the connection
 
     async def _send_all(self, send: Send) -> None:
@@ -137,6 +135,9 @@ class EventStream(Response):
         await deliver({"type": "http.response.body", "body": self._first, "more_body": True})
         async for chunk in self._events:
             await deliver({"type": "http.response.body", "body": chunk, "more_body": True})
+            # With tokens queued up and room in the socket nothing above would ever wait: others
+            # must get their turn, and a disconnect be seen.
+            await asyncio.sleep(0)
         await deliver({"type": "http.response.body", "body": b"", "more_body": False})
 
 

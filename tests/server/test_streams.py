@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from backend.server import sse
+from backend.server import body as body_module, sse
 from backend.server.limits import Limits
 from tests.server.support import NAME, Served, serve
 
@@ -51,6 +51,19 @@ def test_leaving_before_the_first_token_ends_the_work(served: Served, path: str,
             served.eventually(lambda: len(served.engine._streams) == 2)
             assert served.admission.waiting == 2 and served.admission.waiting_tokens == 8
         served.eventually(lambda: not served.engine._streams)
+    served.assert_all_ended()
+
+
+def test_bodies_that_do_not_arrive(served: Served, monkeypatch, caplog):
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{{".encode()
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        connection.sendall(head)  # and leave
+    monkeypatch.setattr(body_module, "READ_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        connection.sendall(head)  # and wait
+        connection.settimeout(30)
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+    assert "Internal error" not in caplog.text
     served.assert_all_ended()
 
 
