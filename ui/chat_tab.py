@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from html import escape
 from typing import Any
 
@@ -128,7 +129,7 @@ class ChatTab:
         self.chatbot.edit(self.on_edit, self.form, outputs, **event).then(**give_back)
         self.chatbot.undo(self.on_undo, self.form, outputs, **event).then(**give_back)
         self.clear.click(self.on_clear, self.form, outputs, **event)
-        self.stop.click(self.on_stop, self.form, [], queue=False, **event)
+        self.stop.click(self.on_stop, [self.conversation_id], [], queue=False, **event)
 
     def _outputs(self) -> list[Any]:
         return [self.chatbot, self.live, self.turn_stats, self.meter, self.box, self.returned,
@@ -153,7 +154,7 @@ class ChatTab:
         locale = locale_of(request)
         sampling = self.defaults | conversation.sampling
         return {
-            **await self._finished(conversation, self.services.chat, locale),
+            **await self._finished(conversation, None, locale),
             self.chatbot: gr.update(
                 value=chat_view.chat_messages(conversation, locale),
                 examples=[{"text": t(key, locale)} for key in EXAMPLES]),
@@ -162,53 +163,66 @@ class ChatTab:
             **{field: sampling[name] for name, field in self.sampling.items()},
         }
 
-    async def on_send(self, form: Form, request: gr.Request) -> AsyncIterator[Updates]:
-        async for updates in self._reply(form, locale_of(request), form[self.box], from_box=True):
-            yield updates
+    async def on_send(self, form: Form, request: gr.Request) -> AsyncGenerator[Updates, None]:
+        reply = self._reply(form, locale_of(request), form[self.box], from_box=True)
+        async with aclosing(reply) as frames:
+            async for updates in frames:
+                yield updates
 
     async def on_example(
         self, form: Form, event: gr.SelectData, request: gr.Request
-    ) -> AsyncIterator[Updates]:
-        async for updates in self._reply(form, locale_of(request), event.value["text"]):
-            yield updates
+    ) -> AsyncGenerator[Updates, None]:
+        async with aclosing(
+            self._reply(form, locale_of(request), event.value["text"])
+        ) as frames:
+            async for updates in frames:
+                yield updates
 
-    async def on_retry(self, form: Form, request: gr.Request) -> AsyncIterator[Updates]:
-        turns = self.store.open(form[self.conversation_id]).turns
-        if turns:
-            last = len(turns) - 1
-            async for updates in self._reply(
-                form, locale_of(request), turns[last].user, keep=last
-            ):
+    async def on_retry(self, form: Form, request: gr.Request) -> AsyncGenerator[Updates, None]:
+        locale = locale_of(request)
+        conversation = self.store.open(form[self.conversation_id])
+        if not conversation.turns:  # the page shows what the server has forgotten
+            yield await self._finished(conversation, form, locale)
+            return
+        last = len(conversation.turns) - 1
+        user = conversation.turns[last].user
+        async with aclosing(self._reply(form, locale, user, keep=last)) as frames:
+            async for updates in frames:
                 yield updates
 
     async def on_edit(
         self, form: Form, event: gr.EditData, request: gr.Request
-    ) -> AsyncIterator[Updates]:
+    ) -> AsyncGenerator[Updates, None]:
         locale = locale_of(request)
         conversation = self.store.open(form[self.conversation_id])
         turn = chat_view.turn_of_message(conversation, locale, event.index)
-        if turn is not None:
-            async for updates in self._reply(form, locale, event.value, keep=turn):
+        if turn is None:
+            yield await self._finished(conversation, form, locale)
+            return
+        async with aclosing(self._reply(form, locale, event.value, keep=turn)) as frames:
+            async for updates in frames:
                 yield updates
 
     async def on_undo(self, form: Form, request: gr.Request) -> Updates:
         locale = locale_of(request)
         conversation = self.store.open(form[self.conversation_id])
-        if conversation.busy or not conversation.turns:
+        if conversation.busy:
+            self._warn(UserError(t("error.busy", locale)), locale)
             return {self.returned: ""}
-        *conversation.turns, undone = conversation.turns
-        return {self.returned: undone.user,
-                **await self._finished(conversation, self._backend(conversation, form), locale)}
+        undone = ""
+        if conversation.turns:
+            *conversation.turns, turn = conversation.turns
+            undone = turn.user
+        return {self.returned: undone, **await self._finished(conversation, form, locale)}
 
     async def on_clear(self, form: Form, request: gr.Request) -> Updates:
         conversation = self.store.open(form[self.conversation_id])
         await conversation.stop()
         conversation.turns = []
-        return await self._finished(
-            conversation, self._backend(conversation, form), locale_of(request))
+        return await self._finished(conversation, form, locale_of(request))
 
-    async def on_stop(self, form: Form) -> None:
-        pending = self.store.open(form[self.conversation_id]).pending
+    async def on_stop(self, conversation_id: str) -> None:
+        pending = self.store.open(conversation_id).pending
         if pending is not None:
             pending.live.stop()  # the event that draws the reply sees its end and shows it
 
@@ -216,7 +230,7 @@ class ChatTab:
 
     async def _reply(
         self, form: Form, locale: str, user: str, *, keep: int | None = None, from_box: bool = False
-    ) -> AsyncIterator[Updates]:
+    ) -> AsyncGenerator[Updates, None]:
         """Draw the reply to `user` after the first `keep` turns (all of them) as it grows.
 
         `user` leaves the message box if it came `from_box`; what becomes no turn goes back there.
@@ -229,7 +243,6 @@ class ChatTab:
             yield {self.returned: ""}
             return
         live, started, drawn, drawn_at = pending.live, time.monotonic(), "", 0.0
-        backend = self._backend(conversation, form)
         try:
             yield {
                 self.chatbot: chat_view.chat_messages(
@@ -241,15 +254,15 @@ class ChatTab:
                 **({self.box: ""} if from_box else {}),
             }
             asked = conversation.messages(pending.keep, user)
-            yield {self.meter: await self._meter(asked, backend, locale)}
+            yield {self.meter: await self._meter(conversation, asked, form, locale)}
             while not live.done:
                 await live.wait(FRAME_S)
                 now = time.monotonic()
                 if live.text != drawn or now - drawn_at >= HEARTBEAT_S:
                     drawn, drawn_at = live.text, now
-                    yield {self.live: await self._live_text(backend, drawn, now - started, locale)}
+                    yield {self.live: await self._live_text(drawn, now - started, locale)}
         finally:  # the page may be gone
-            conversation.settle()
+            conversation.settle(pending)
             self.store.trim()
         error = live.error()
         if error is not None:
@@ -257,7 +270,7 @@ class ChatTab:
         lost = not live.text and not live.finish_reason  # no turn came of it
         yield {
             self.returned: user if lost else "",
-            **await self._finished(conversation, backend, locale),
+            **await self._finished(conversation, form, locale),
         }
 
     def _begin(
@@ -279,37 +292,41 @@ class ChatTab:
         conversation.pending = Pending(user, keep, live)
         return conversation.pending
 
-    def _backend(self, conversation: Conversation, form: Form) -> ChatBackend:
-        return self.remote.backend(conversation, form) if self.remote else self.services.chat
+    def _backend(self, conversation: Conversation, form: Form | None) -> ChatBackend:
+        """What answers; before the page has a form, the default."""
+        if self.remote and form is not None:
+            return self.remote.backend(conversation, form)
+        return self.services.chat
 
-    async def _live_text(
-        self, backend: ChatBackend, text: str, seconds: float, locale: str
-    ) -> str:
+    async def _live_text(self, text: str, seconds: float, locale: str) -> str:
         if text:
             return chat_view.live_markdown(text)
-        stats = None if self.remote else (await backend.status()).stats
+        stats = None if self.remote else (await self.services.chat.status()).stats
         return chat_view.waiting_html(seconds, stats, locale)
 
     async def _finished(
-        self, conversation: Conversation, backend: ChatBackend, locale: str
+        self, conversation: Conversation, form: Form | None, locale: str
     ) -> Updates:
         """The tab at rest, with all finished turns."""
         return {
             self.chatbot: chat_view.chat_messages(conversation, locale),
             self.live: "",
             self.turn_stats: chat_view.stats_html(conversation, locale),
-            self.meter: await self._meter(conversation.messages(), backend, locale),
+            self.meter: await self._meter(conversation, conversation.messages(), form, locale),
             self.send: gr.update(visible=True),
             self.stop: gr.update(visible=False),
         }
 
-    async def _meter(self, messages: list[Message], backend: ChatBackend, locale: str) -> str:
+    async def _meter(
+        self, conversation: Conversation, messages: list[Message], form: Form | None, locale: str
+    ) -> str:
         try:
+            backend = self._backend(conversation, form)
             tokens = await backend.count_tokens(messages) if messages else 0
             if tokens is None or self.remote:
                 return chat_view.meter_html(tokens, None, locale)
             info = (await backend.status()).info
-        except UserError:  # no model yet: the status bar says so
+        except UserError:  # no model, or no server: the status bar says so
             return ""
         return chat_view.meter_html(tokens, info.session_len if info else None, locale)
 

@@ -69,15 +69,15 @@ class Conversation:
             messages.append({"role": "user", "content": user})
         return messages
 
-    def settle(self) -> None:
-        """Make the pending reply a turn with what has come; without any text, forget it.
+    def settle(self, pending: Pending) -> None:
+        """Make a pending reply a turn with what has come; without any text, forget it.
 
         Whoever sees the reply end first calls this: the event that shows it, or the reload of a
-        page that went away in the middle.
+        page that went away in the middle. For who comes second there is nothing left to do.
         """
-        if self.pending is None:
+        if self.pending is not pending:
             return
-        pending, self.pending = self.pending, None
+        self.pending = None
         live = pending.live
         live.stop()
         if live.text or live.finish_reason:
@@ -87,11 +87,11 @@ class Conversation:
 
     async def stop(self) -> None:
         """End a reply that is being written and keep what has come."""
-        if self.pending is not None:
-            live = self.pending.live
-            live.stop()
-            await live.wait(1.0)
-            self.settle()
+        pending = self.pending
+        if pending is not None:
+            pending.live.stop()
+            await pending.live.wait(1.0)
+            self.settle(pending)
 
 
 class ConversationStore:

@@ -51,7 +51,7 @@ class ChatPage:
         return self
 
     def wait_open(self) -> ChatPage:
-        expect(self.page.locator("#meter .lmd-meter")).to_be_attached()  # its load event is done
+        expect(self.page.locator("#turn-stats [data-lines]")).to_be_attached()  # by its load event
         return self
 
     def send(self, message: str) -> None:

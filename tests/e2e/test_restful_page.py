@@ -71,7 +71,10 @@ def test_addresses_that_are_none_or_not_allowed(chat: ChatPage, address: str) ->
     chat.set_remote(address)
     expect(chat.toast).to_be_visible()
     chat.send("kept")
+    chat.wait_idle()
     expect(chat.box).to_have_value("kept")
+    chat.clear()
+    expect(chat.page.locator("#chat .user-row")).to_have_count(0)
 
 
 def test_key_is_hidden_and_not_stored(chat: ChatPage) -> None:

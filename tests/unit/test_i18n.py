@@ -100,17 +100,30 @@ def test_translations_fit_the_english_texts(locale: str) -> None:
         assert placeholders(text) == placeholders(english[key]), key
 
 
-def test_locale_follows_the_browser() -> None:
-    def request(header: str) -> SimpleNamespace:
-        return SimpleNamespace(headers={"accept-language": header})
+def request(accept_language: str) -> SimpleNamespace:
+    return SimpleNamespace(headers={"accept-language": accept_language})
 
+
+@pytest.mark.parametrize(("header", "locale"), [
+    ("", "en"),
+    ("en-GB,en;q=0.8", "en"),
+    ("zh-CN,zh;q=0.9,en;q=0.8", "zh-CN"),
+    ("zh", "zh-CN"),
+    ("zh-tw", "zh-CN"),
+    ("tlh,zh;q=0.5", "zh-CN"),
+    ("tlh, *;q=0.1", "en"),
+])
+def test_locale_follows_the_browser(
+    monkeypatch: pytest.MonkeyPatch, header: str, locale: str
+) -> None:
+    catalogs = {"en": ENGLISH, "zh-CN": {"chat.send": "\u53d1\u9001"}}
+    monkeypatch.setattr(i18n, "catalogs", lambda: catalogs)
+    assert i18n.locale_of(request(header)) == locale
     assert i18n.locale_of(None) == "en"
-    assert i18n.locale_of(request("")) == "en"
-    assert i18n.locale_of(request("en-GB,en;q=0.8")) == "en"
-    assert i18n.locale_of(request("tlh, *;q=0.1")) == "en"
+    assert i18n.t("chat.send", locale) == catalogs[locale]["chat.send"]
+    assert i18n.t("chat.stop", locale) == ENGLISH["chat.stop"]  # untranslated: English
 
 
-def test_unknown_locale_falls_back_to_english() -> None:
-    assert i18n.t("chat.send", "tlh") == ENGLISH["chat.send"]
+def test_unknown_keys_are_mistakes() -> None:
     with pytest.raises(KeyError):
         i18n.t("no.such.key")

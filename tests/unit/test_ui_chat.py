@@ -39,10 +39,10 @@ class Backend:
             self.events.append("closed")
 
 
-def begin(conversation: Conversation, backend: Backend, user: str, keep: int) -> LiveReply:
+def begin(conversation: Conversation, backend: Backend, user: str, keep: int) -> Pending:
     live = LiveReply(backend, conversation.messages(keep, user), SamplingParams(), None)
     conversation.pending = Pending(user, keep, live)
-    return live
+    return conversation.pending
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -52,13 +52,19 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 def test_finished_reply_becomes_a_turn() -> None:
     async def test() -> None:
         conversation = Conversation()
-        live = begin(conversation, Backend(["a", "b"]), "hi", 0)
+        pending = begin(conversation, Backend(["a", "b"]), "hi", 0)
+        live = pending.live
         await live.wait(5)
         assert live.done and live.error() is None
-        conversation.settle()
-        conversation.settle()  # whoever comes second changes nothing
+        conversation.settle(pending)
+        conversation.settle(pending)  # whoever comes second changes nothing
         assert conversation.turns == [Turn("hi", "ab", "stop", ReplyStats(3, 2))]
         assert not conversation.busy
+
+        later = begin(conversation, Backend([], hangs=True), "more", 1)
+        conversation.settle(pending)  # nor may the end of an old reply end a new one
+        assert conversation.pending is later
+        await conversation.stop()
     run(test)
 
 
@@ -66,7 +72,8 @@ def test_stop_closes_the_stream_and_keeps_what_came() -> None:
     async def test() -> None:
         conversation = Conversation([Turn("old", "reply", "stop")])
         backend = Backend(["half"], hangs=True)
-        live = begin(conversation, backend, "hi", 1)
+        pending = begin(conversation, backend, "hi", 1)
+        live = pending.live
         while not live.text:
             await asyncio.sleep(0)
         await conversation.stop()
@@ -79,10 +86,11 @@ def test_stop_closes_the_stream_and_keeps_what_came() -> None:
 def test_a_retry_that_brings_nothing_keeps_the_old_reply() -> None:
     async def test() -> None:
         conversation = Conversation([Turn("q", "old reply", "stop")])
-        live = begin(conversation, Backend([], error=UserError("No.")), "q", 0)
+        pending = begin(conversation, Backend([], error=UserError("No.")), "q", 0)
+        live = pending.live
         await live.wait(5)
         assert isinstance(live.error(), UserError)
-        conversation.settle()
+        conversation.settle(pending)
         assert [t.reply for t in conversation.turns] == ["old reply"]
     run(test)
 
@@ -90,9 +98,10 @@ def test_a_retry_that_brings_nothing_keeps_the_old_reply() -> None:
 def test_an_edit_drops_what_came_after() -> None:
     async def test() -> None:
         conversation = Conversation([Turn("1", "a", "stop"), Turn("2", "b", "stop")])
-        live = begin(conversation, Backend(["new"]), "1!", 0)
+        pending = begin(conversation, Backend(["new"]), "1!", 0)
+        live = pending.live
         await live.wait(5)
-        conversation.settle()
+        conversation.settle(pending)
         assert [(t.user, t.reply) for t in conversation.turns] == [("1!", "new")]
     run(test)
 
@@ -100,9 +109,10 @@ def test_an_edit_drops_what_came_after() -> None:
 def test_an_error_after_text_is_marked() -> None:
     async def test() -> None:
         conversation = Conversation()
-        live = begin(conversation, Backend(["some"], error=RuntimeError("x")), "q", 0)
+        pending = begin(conversation, Backend(["some"], error=RuntimeError("x")), "q", 0)
+        live = pending.live
         await live.wait(5)
-        conversation.settle()
+        conversation.settle(pending)
         assert conversation.turns[0].finish_reason == "failed"
         assert isinstance(live.error(), RuntimeError)
     run(test)
