@@ -43,7 +43,8 @@ def _table(model: type[Strict], defaults: Mapping[str, Any]) -> str:
     """The fields of `model`, and those that it takes without effect."""
     sampling = SamplingParams(**defaults)
     rows = []
-    for name, info in model.model_fields.items():
+    needed_first = sorted(model.model_fields.items(), key=lambda item: not item[1].is_required())
+    for name, info in needed_first:
         shown = "<em>needed</em>"
         if not info.is_required():
             default = getattr(sampling, name, None) if info.default is None else info.default
