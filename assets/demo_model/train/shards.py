@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from assets.calibration.build import key
 from assets.demo_model.train.conversation import END_OF_TEXT
 from assets.demo_model.train.corpus import Corpus
 from assets.demo_model.train.packing import ROW, Piece, encode_conversations, pack, text_pieces
@@ -32,6 +34,7 @@ class ShardPlan:
     tokens: int
     text_share: float
     tokenizer_file: str
+    texts_file: str  # a JSON list of documents
 
 
 def training_texts() -> list[str]:
@@ -44,14 +47,21 @@ def training_texts() -> list[str]:
     return [d.strip() for d in documents if d.strip()]
 
 
+def heldout_keys() -> set[str]:
+    """What no training text may repeat: the paragraphs of the held-out files."""
+    texts = [p.read_text(encoding="utf-8") for p in CALIBRATION.glob("heldout*.txt")]
+    return {key(block) for text in texts for block in re.split(r"\n\s*\n", text)}
+
+
 def make_shard(plan: ShardPlan) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
     """Generates, encodes and packs one shard: tokens and learnt, each [rows, ROW]."""
     tokenizer = Tokenizer.from_file(plan.tokenizer_file)
     rng = random.Random(f"{plan.seed}/{plan.index}")
     corpus = Corpus()
+    texts = json.loads(Path(plan.texts_file).read_text(encoding="utf-8"))
     documents = [
         np.array(e.ids, dtype=np.int16)
-        for e in tokenizer.encode_batch([t + END_OF_TEXT for t in training_texts()])
+        for e in tokenizer.encode_batch([t + END_OF_TEXT for t in texts])
     ]
     texts = text_pieces(documents, rng, tokenizer.get_vocab_size())
 

@@ -10,7 +10,9 @@ import argparse
 import json
 import math
 import random
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +28,16 @@ from assets.demo_model.train.check import check_answers
 from assets.demo_model.train.corpus import Corpus
 from assets.demo_model.train.evaluate import perplexity
 from assets.demo_model.train.export import save_checkpoint
+from assets.demo_model.train.library_text import library_texts
 from assets.demo_model.train.network import Llama, Shape
 from assets.demo_model.train.packing import CONTEXT
-from assets.demo_model.train.shards import CALIBRATION, ShardPlan, make_corpus, training_texts
+from assets.demo_model.train.shards import (
+    CALIBRATION,
+    ShardPlan,
+    heldout_keys,
+    make_corpus,
+    training_texts,
+)
 from assets.demo_model.train.tokenizer import train_tokenizer
 
 TOKENIZER_CONVERSATIONS = 30_000
@@ -40,7 +49,7 @@ class Recipe:
     """Every number that decides what comes out."""
 
     seed: int = 7
-    steps: int = 6000
+    steps: int = 11000
     rows_per_step: int = 32  # of CONTEXT tokens each
     peak_lr: float = 1.5e-3
     final_lr: float = 1e-5
@@ -49,7 +58,7 @@ class Recipe:
     clip_norm: float = 1.0
     corpus_tokens: int = 256_000_000
     shards: int = 16
-    text_share: float = 0.08
+    text_share: float = 0.2
 
 
 SMOKE = Recipe(steps=4, rows_per_step=1, warmup_steps=1, corpus_tokens=60_000, shards=1)
@@ -171,6 +180,17 @@ def main() -> None:
 
     tokenizer = made_tokenizer(recipe, out, 3_000 if arguments.smoke else TOKENIZER_CONVERSATIONS)
     print(f"tokenizer ready after {elapsed():.0f} s", flush=True)
+    texts = training_texts()
+    libraries: Counter[str] = Counter()
+    if not arguments.smoke:
+        for package, text in library_texts(heldout_keys(), workers=recipe.shards):
+            libraries[package] += len(text)
+            texts.append(text)
+    texts_file = Path(tempfile.mkdtemp()) / "texts.json"
+    texts_file.write_text(json.dumps(texts), encoding="utf-8")
+    print(
+        f"{sum(map(len, texts)) / 1e6:.1f} M characters of text after {elapsed():.0f} s", flush=True
+    )
     plans = [
         ShardPlan(
             recipe.seed,
@@ -178,6 +198,7 @@ def main() -> None:
             recipe.corpus_tokens // recipe.shards,
             recipe.text_share,
             str(out / "tokenizer.json"),
+            str(texts_file),
         )
         for index in range(recipe.shards)
     ]
@@ -215,6 +236,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "weight_bytes": weight_bytes,
         "corpus_tokens": int(tokens_np.size),
+        "library_characters": dict(libraries),
         "learnt_share": float(learnt_np.mean()),
         "trained_tokens": recipe.steps * recipe.rows_per_step * CONTEXT,
         "final_loss": float(np.mean([c["loss"] for c in curve[-10:]])),
