@@ -30,6 +30,7 @@ class AttentionMetadata:
     The tensors are on the model's device; the lists say the same on the host, for code that loops
     over sequences. `kv_runs[s]` lists `(first_slot, length)` runs that hold the sequence's KV in
     order; the block manager keeps them few, so that a CPU reads slabs instead of gathering pages.
+    The CPU's ops read the lists only: there, all tensors but `slot_mapping` may be empty.
     """
 
     slot_mapping: Tensor  # int64 [T]: where each new token's K and V go

@@ -38,7 +38,7 @@ class OutputPart:
 
 
 class LinearLayer(nn.Module):
-    """Tensors as the method wants them, and an optional bias [out_features]."""
+    """Tensors as the method wants them, and an optional bias [out_features]. See the subclasses."""
 
     bias: Tensor | None
 
@@ -61,6 +61,10 @@ class LinearLayer(nn.Module):
         for name, weight in self.weights.items():
             self.register_parameter(name, nn.Parameter(weight.tensor, requires_grad=False))
 
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        """Where the checkpoint's tensors for this layer go, by their names there."""
+        raise NotImplementedError
+
     def process_weights_after_loading(self) -> None:
         """Call once, when every slot is filled."""
         self.weights = {}  # the method may replace the tensors; let go of them
@@ -80,7 +84,6 @@ class ColumnParallelLinear(LinearLayer):
         self.parts = tuple(parts)
 
     def weight_slots(self) -> dict[str, WeightSlot]:
-        """The checkpoint's tensors for this layer, by name."""
         slots = {}
         for key, weight in self.weights.items():
             offset = 0
@@ -122,7 +125,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 
 
 class QKVParallelLinear(ColumnParallelLinear):
-    """Q, K and V in one product, split by heads; K and V heads are repeated if ranks outnumber them.
+    """Q, K and V in one product, split by heads. If ranks outnumber KV heads, they share them.
 
     Args:
         names: of Q, K and V in the checkpoint.
@@ -142,7 +145,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         context: BuildContext,
     ) -> None:
         parallel = context.parallel
-        self_heads = parallel.divide(num_heads, "attention heads")
+        heads = parallel.divide(num_heads, "attention heads")
         kv_heads = kv_heads_per_rank(num_kv_heads, parallel)
         kv_start = parallel.rank * num_kv_heads // parallel.world_size
         q, k, v = names
@@ -151,7 +154,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             [
                 OutputPart(
                     q, num_heads * head_dim,
-                    parallel.rank * self_heads * head_dim, self_heads * head_dim,
+                    parallel.rank * heads * head_dim, heads * head_dim,
                 ),
                 *(
                     OutputPart(
@@ -200,7 +203,6 @@ class RowParallelLinear(LinearLayer):
         self.whole_in_features = in_features
 
     def weight_slots(self) -> dict[str, WeightSlot]:
-        """The checkpoint's tensors for this layer, by name."""
         slots = {}
         for key, weight in self.weights.items():
             shape = list(weight.tensor.shape)

@@ -52,8 +52,9 @@ class LinearMethod(ABC):
     ) -> dict[str, LinearWeight]:
         """Uninitialised tensors of one layer on one rank, by their names in a checkpoint."""
 
+    @abstractmethod
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Bring the loaded tensors into the layout that `apply` wants. Nothing by default."""
+        """Bring the layer's loaded tensors into the layout that `apply` wants."""
 
     @abstractmethod
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint: found, and their headers checked before any weight is read.
+"""The safetensors files of a checkpoint, their headers checked before any weight is read.
 
 Format: https://github.com/huggingface/safetensors#format
 """

@@ -212,7 +212,7 @@ class Decoder(nn.Module):
         """Where each tensor of a checkpoint goes, by its name there."""
         slots: dict[str, WeightSlot] = {}
         for module in self.modules():
-            if module is not self and hasattr(module, "weight_slots"):
+            if isinstance(module, (LinearLayer, RMSNorm, VocabParallelEmbedding)):
                 slots.update(module.weight_slots())
         return slots
 

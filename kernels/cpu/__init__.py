@@ -5,6 +5,7 @@ Figures in comments: 2 cores with AVX-512 and AMX, torch 2.13.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,25 +34,26 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """See `kernels.ops.rotary_embedding`."""
+    cos, sin = cos.unsqueeze(1), sin.chunk(2, dim=-1)[0].unsqueeze(1)  # one for all heads
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Products written in place: 18 µs a decoded token for q and k together, the reference's 32.
+
+    cos [T, 1, R] for both halves, sin [T, 1, R / 2].
+    """
     rotary_dim = cos.shape[-1]
-    half = rotary_dim // 2
-    cos, sin = cos.unsqueeze(1), sin.narrow(-1, 0, half).unsqueeze(1)  # one for all heads
-    return _rotate(q, cos, sin, rotary_dim), _rotate(k, cos, sin, rotary_dim)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
-    """Three products written in place: 18 µs a decoded token for q and k, the reference's 32."""
-    half = rotary_dim // 2
-    out = x.float()
-    first, second = out.narrow(-1, 0, half), out.narrow(-1, half, half)
-    rotated = out.narrow(-1, 0, rotary_dim) * cos
-    rotated.narrow(-1, 0, half).addcmul_(second, sin, value=-1)
-    rotated.narrow(-1, half, half).addcmul_(first, sin)
-    if rotary_dim == x.shape[-1]:
-        return rotated.to(x.dtype)
-    result = x.clone()
-    result.narrow(-1, 0, rotary_dim).copy_(rotated)
-    return result
+    if rotary_dim < x.shape[-1]:
+        rest = x[..., rotary_dim:]
+        return torch.cat((_rotate(x[..., :rotary_dim], cos, sin), rest), dim=-1)
+    x32 = x.float()
+    first, second = x32.chunk(2, dim=-1)
+    rotated = x32 * cos
+    out_first, out_second = rotated.chunk(2, dim=-1)
+    out_first.addcmul_(second, sin, value=-1)
+    out_second.addcmul_(first, sin)
+    return rotated.to(x.dtype)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ Run = tuple[int, int]  # first slot, length
 # Gathering wins from this many sequences on, while K of each is this small: 16 sequences of 64
 # tokens of 256 bfloat16 numbers take 160 µs a layer, and 350 one by one.
 PADDED_MIN_SEQUENCES = 8
-PADDED_MAX_BYTES = 64 << 10
+PADDED_MAX_BYTES = 48 << 10
 
 
 def paged_attention(
