@@ -18,7 +18,7 @@ from backend.models.model_config import read_json_object
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 MAX_INDEX_BYTES = 256 << 20
 MAX_SHARDS = 10_000
-SHARD_NAME = re.compile(r"^[\w.-]+\.safetensors$", re.ASCII)
+SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 REFUSED = {
     ".bin": "a pickle file, which can run code when it is opened",
     ".pt": "a pickle file, which can run code when it is opened",
@@ -53,7 +53,7 @@ def read_checkpoint(folder: str) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index_path} has no weight_map.", DOWNLOAD_AGAIN)
     for shard in weight_map.values():
-        if not isinstance(shard, str) or not SHARD_NAME.match(shard):
+        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
             raise UserError(
                 f"{index_path} names the shard {shard!r:.80}, which is not the name of a "
                 ".safetensors file in this folder.",
