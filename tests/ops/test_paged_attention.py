@@ -49,7 +49,7 @@ lengths = st.tuples(st.integers(1, 20), st.integers(0, 60))  # new tokens, token
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(
-    sequences=st.lists(lengths, min_size=1, max_size=6),
+    sequences=st.lists(lengths, min_size=1, max_size=12),
     decode_only=st.booleans(),
     heads=st.sampled_from(HEADS),
     dtype=st.sampled_from(list(TOLERANCE)),
@@ -72,11 +72,26 @@ def test_cpu_equals_reference(
     torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=1e-2)
 
 
+@pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("seq_len", [30, 900])  # short ones are gathered, long ones read in place
-def test_cpu_decode_of_many_sequences(seq_len):
+def test_cpu_decode_of_many_sequences(seq_len, scattered):
     query_lens, seq_lens = [1] * 9, [seq_len - 3 * i for i in range(9)]
-    metadata, slots = layout(query_lens, seq_lens, 16, scattered=True, seed=3)
+    metadata, slots = layout(query_lens, seq_lens, 16, scattered, seed=3)
     q, k_cache, v_cache = random_tensors(9, slots, (8, 2, 32), torch.float32, seed=4)
     expected = kernels.reference.paged_attention(q, k_cache, v_cache, metadata, 0.2)
     out = kernels.cpu.paged_attention(q, k_cache, v_cache, metadata, 0.2)
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_sequences", [2, 9])
+@pytest.mark.parametrize("window", [None, 6])
+def test_cpu_keeps_a_neighbours_nan_to_the_neighbour(num_sequences, window):
+    query_lens, seq_lens = [1] * num_sequences, [5 + 3 * i for i in range(num_sequences)]
+    metadata, slots = layout(query_lens, seq_lens, 8, scattered=False, seed=3)
+    q, k_cache, v_cache = random_tensors(num_sequences, slots, (4, 2, 16), torch.float32, seed=4)
+    expected = kernels.cpu.paged_attention(q, k_cache, v_cache, metadata, 0.2, window)
+    own = {slot for first, n in metadata.kv_runs[1] for slot in range(first, first + n)}
+    others = [slot for slot in range(slots) if slot not in own]
+    k_cache[others], v_cache[others] = torch.nan, torch.nan
+    out = kernels.cpu.paged_attention(q, k_cache, v_cache, metadata, 0.2, window)
+    assert torch.equal(out[1], expected[1])
