@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -41,6 +41,8 @@ class AttentionMetadata:
     seq_lens: list[int]
     kv_runs: list[list[tuple[int, int]]]
     block_size: int
+    # What an op worked out from the above in one layer, for the layers after it.
+    derived: dict[str, Any] = field(default_factory=dict)
 
 
 # Device type -> the module with its own forms of some ops. GPUs run the reference so far.
