@@ -133,7 +133,7 @@ def _check_number(name: str, value: Any, kind: type, meta: Any) -> None:
         raise UserError(f"{name} must be a number, not {value!r}.", field=name)
     if kind is int and not isinstance(value, int):
         raise UserError(f"{name} must be a whole number, not {value!r}.", field=name)
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} must be finite, not {value!r}.", field=name)
     low, high = meta["low"], meta["high"]
     if (low is not None and value < low) or (high is not None and value > high):

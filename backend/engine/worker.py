@@ -50,8 +50,10 @@ def _obey(engine: Engine, connection: Connection) -> list[StepOutput] | None:
     Returns the last words to requests that cannot run, or None to shut down.
     """
     refused: list[StepOutput] = []
-    while connection.poll() or not (engine.has_work() or refused):
+    news = False  # to tell of: an abort changes the gauges even if nothing is left to do
+    while connection.poll() or not (engine.has_work() or news):
         command = messages.decode_command(connection.recv_bytes())
+        news = True
         if isinstance(command, messages.AddRequest):
             try:
                 engine.add_request(command.request)
