@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from backend.config import EngineConfig
@@ -34,13 +35,20 @@ def fake_info(
 
 
 class FakeRunner:
-    """Draws `next_token(sequence)`; with logprobs asked for, every token is certain."""
+    """Draws `next_token(sequence)`; with logprobs asked for, every token is certain.
 
-    def __init__(self, info: ModelInfo, next_token: Callable[[Sequence], int]) -> None:
+    A step takes at least `step_s` seconds, as a real model's would.
+    """
+
+    def __init__(
+        self, info: ModelInfo, next_token: Callable[[Sequence], int], step_s: float = 0.0
+    ) -> None:
         self.info = info
         self._next_token = next_token
+        self._step_s = step_s
 
     def execute(self, batch: Batch) -> list[SampledToken]:
+        time.sleep(self._step_s)
         sampled = []
         for item in batch.scheduled:
             if item.samples:
@@ -52,6 +60,9 @@ class FakeRunner:
                     logprob = TokenLogprob(token, 0.0, top)
                 sampled.append(SampledToken(token, logprob))
         return sampled
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def echo(eos_token_id: int, first_special_id: int = 256) -> Callable[[Sequence], int]:
@@ -68,9 +79,6 @@ def echo(eos_token_id: int, first_special_id: int = 256) -> Callable[[Sequence],
 def hashed(seq: Sequence, vocab_size: int) -> int:
     """A token that depends on all tokens before it, so that any mix-up shows."""
     return hash(tuple(seq.token_ids)) % vocab_size
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class CheckingRunner(FakeRunner):
@@ -105,7 +113,7 @@ class CheckingRunner(FakeRunner):
         return super().execute(batch)
 
 
-def fake_engine(config: EngineConfig, eos_token_id: int = 257) -> Engine:
+def fake_engine(config: EngineConfig, eos_token_id: int = 257, step_s: float = 0.0) -> Engine:
     """An echoing engine as `config` sizes it; for the worker's `build` parameter."""
     info = fake_info(
         session_len=config.session_len or 2048,
@@ -114,7 +122,7 @@ def fake_engine(config: EngineConfig, eos_token_id: int = 257) -> Engine:
         block_size=config.cache_block_seq_len,
     )
     return Engine(
-        FakeRunner(info, echo(eos_token_id)),
+        FakeRunner(info, echo(eos_token_id), step_s),
         enable_prefix_caching=config.enable_prefix_caching,
         max_step_tokens=config.max_prefill_token_num,
     )

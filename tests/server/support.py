@@ -22,7 +22,7 @@ from backend.chat import ChatService
 from backend.config import EngineConfig, ServerConfig
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.engine import Engine
-from backend.engine.launcher import ThreadHandle
+from backend.engine.launcher import Handle, ThreadHandle
 from backend.engine.types import Sequence
 from backend.server.api import create_app
 from backend.server.limits import Admission, Limits
@@ -92,13 +92,23 @@ class Script:
 
 
 class Served:
-    """A running server and ways to talk to it."""
+    """A running server and ways to talk to it.
 
-    def __init__(self, config: ServerConfig, limits: Limits | None) -> None:
+    Over the engine that `launch` starts with `engine_config`; by default one in a thread, with a
+    model that speaks as `script` says.
+    """
+
+    def __init__(
+        self, config: ServerConfig, limits: Limits | None,
+        launch: Callable[[], Handle] | None = None,
+        engine_config: EngineConfig | None = None,
+    ) -> None:
         self.config = config
         self.admission = Admission(limits or Limits())
         self.script = Script()
-        self.engine = AsyncEngine(EngineConfig("fake"), partial(ThreadHandle, self.script.build))
+        self.engine = AsyncEngine(
+            engine_config or EngineConfig("fake"),
+            launch or partial(ThreadHandle, self.script.build))
         self.chat = ChatService(
             self.engine, byte_tokenizer(), LastMessage(), NAME)  # type: ignore[arg-type]
         self.app = create_app(
@@ -167,7 +177,10 @@ class Served:
 
 
 @contextmanager
-def serve(limits: Limits | None = None, **config: Any) -> Iterator[Served]:
+def serve(
+    limits: Limits | None = None, launch: Callable[[], Handle] | None = None,
+    engine_config: EngineConfig | None = None, **config: Any,
+) -> Iterator[Served]:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    with Served(ServerConfig(**config), limits) as served:
+    with Served(ServerConfig(**config), limits, launch, engine_config) as served:
         yield served
