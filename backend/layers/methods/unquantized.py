@@ -30,7 +30,7 @@ class UnquantizedMethod(LinearMethod):
             return
         if weight.dtype == torch.float32:
             weight = weight.t().contiguous().t()
-        elif weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        elif weight.dtype == torch.bfloat16 and _onednn_has_bfloat16():
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         layer.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -40,3 +40,10 @@ class UnquantizedMethod(LinearMethod):
         if weight.is_mkldnn:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return F.linear(x, weight, bias)
+
+
+def _onednn_has_bfloat16() -> bool:
+    """Whether this build of torch has oneDNN and this CPU the instructions it wants."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
