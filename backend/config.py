@@ -234,8 +234,8 @@ def reference_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every setting, made from `backend/config.py` by `make docs`. On the command line a setting",
-        "is `--its-name`; in a request body of the API it is `its_name`.",
+        "Every setting, made from `backend/config.py` by `make docs`. On the command line it",
+        "is spelled `--its-name`, in a request body of the API `its_name`.",
     ]
     for cls in (EngineConfig, ServerConfig, SamplingParams):
         lines += ["", f"## {cls.__name__}", "", (cls.__doc__ or "").splitlines()[0], ""]

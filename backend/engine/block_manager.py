@@ -77,7 +77,7 @@ class BlockManager:
         return True
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Make room for `num_tokens` tokens in all; False, with nothing changed, if none is left."""
+        """Make room for `num_tokens` tokens in all; False, with nothing changed, if it fails."""
         missing = self.blocks_for(num_tokens) - len(seq.block_table)
         if missing <= 0:
             return True
