@@ -20,9 +20,9 @@ MAX_INDEX_BYTES = 256 << 20
 MAX_SHARDS = 10_000
 SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 REFUSED = {
-    ".bin": "a pickle file, which can run code when it is opened",
-    ".pt": "a pickle file, which can run code when it is opened",
-    ".pth": "a pickle file, which can run code when it is opened",
+    ".bin": "a file of Python objects, which can run code when it is opened",
+    ".pt": "a file of Python objects, which can run code when it is opened",
+    ".pth": "a file of Python objects, which can run code when it is opened",
     ".gguf": "a llama.cpp file, in a format of its own",
 }
 DOWNLOAD_AGAIN = "Download the model again."
