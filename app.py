@@ -15,7 +15,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from backend import config
 from backend.config import EngineConfig, SamplingParams, ServerConfig
@@ -30,8 +30,8 @@ BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "demo_model"
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 2 for bad input, as argparse does."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    args = parse(sys.argv[1:] if argv is None else argv)
     try:
+        args = parse(sys.argv[1:] if argv is None else argv)
         return asyncio.run(args.run(args))
     except UserError as error:
         print(f"lmdesk: {error}", file=sys.stderr)
@@ -40,8 +40,19 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells mistakes as all others are told: one sentence, not after a screen of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}.", f"See: python {self.prog} --help")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. Without a command it is `run`; `--server_name` is `--server-name`."""
+    """The command line. Without a command it is `run`; `--server_name` is `--server-name`.
+
+    Raises:
+        UserError: an unknown flag, or a value of the wrong kind.
+    """
     if not argv or argv[0] not in ("run", "serve", "chat", "-h", "--help"):
         argv = ["run", *argv]
     flags = [word.partition("=") for word in argv]
@@ -49,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value
         for flag, equals, value in flags
     ]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -118,6 +129,7 @@ async def run_chat(args: argparse.Namespace) -> int:
     sampling = config.from_namespace(SamplingParams, args, **defaults)
     async with services:
         await services.ready()
+        await services.chat.models()  # a dead server is told now, not after the first message
         await chat(services.chat, sampling, system=args.system)
     return 0
 

@@ -134,13 +134,20 @@ class ModelRunner:
         )
         block_bytes = per_token * self.block_size
         longest = config.session_len or model_config.max_position_embeddings
-        count = config.cache_max_entry_count
+        count, free = config.cache_max_entry_count, _free_memory(self.device)
         if count >= 1:
             num_blocks = int(count)
+            if num_blocks * block_bytes > free:
+                raise UserError(
+                    f"A KV cache of {num_blocks} blocks needs {num_blocks * block_bytes / 1e9:.1f} "
+                    f"GB, but {free / 1e9:.1f} GB of memory are free.",
+                    "Lower cache_max_entry_count.",
+                    field="cache_max_entry_count",
+                )
         else:
             # More than this can never be in use at once.
             useful = config.max_batch_size * -(-longest // self.block_size)
-            num_blocks = min(useful, int(_free_memory(self.device) * count) // block_bytes)
+            num_blocks = min(useful, int(free * count) // block_bytes)
         # All ranks must mean the same block by the same number.
         counts = torch.tensor([[num_blocks]], device=self.device)
         num_blocks = int(self._parallel.all_gather(counts).min())

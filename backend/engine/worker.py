@@ -71,7 +71,11 @@ def build_engine(config: EngineConfig, on_rank_death: Callable[[], None] | None 
     """The real thing: load the model (and start its further ranks) as `config` says."""
     from backend.engine.model_runner import ModelRunner
     from backend.engine.ranks import join_group, start_ranks
+    from backend.layers.parallel import ParallelContext
+    from backend.models.loader import check_model
 
+    if config.tp > 1:  # told once, before every rank finds it out for itself
+        check_model(config.model, ParallelContext(0, config.tp), config.session_len)
     group = start_ranks(config, on_rank_death)
     runner = ModelRunner(config, join_group(config, 0, group.rendezvous), group.connections)
     return Engine(
@@ -93,7 +97,8 @@ def compute(connection: Connection, start: messages.StartRank) -> None:
 
 def main(argv: list[str], build: Callable[[EngineConfig], Engine] | None = None) -> int:
     """Serve the pipe named by `argv`; `build` lets tests bring an engine over a fake model."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started us
+    for number in (signal.SIGINT, signal.SIGTERM):  # are for whoever started us, and ends us
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     fd = int(argv[0])
     os.set_inheritable(fd, False)
@@ -108,6 +113,9 @@ def main(argv: list[str], build: Callable[[EngineConfig], Engine] | None = None)
             serve(connection, build or (lambda config: build_engine(config, lambda: os._exit(1))))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # who started us is gone
+    except UserError as error:  # of a further rank; `serve` hands on those of rank 0
+        log.error("%s", error)
+        return 1
     return 0
 
 

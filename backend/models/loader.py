@@ -48,15 +48,28 @@ def load_model(
     Raises:
         UserError: naming what is missing, damaged, unsupported or inconsistent.
     """
-    config = read_model_config(folder)
-    tensors = read_checkpoint(folder)
-    # Built without memory first: names and shapes are compared before gigabytes are taken.
-    shell = _create(config, dtype, torch.device("meta"), parallel, session_len)
-    check_tensors(config, tensors, shell.weight_slots())
+    config, tensors = check_model(folder, parallel, session_len)
     decoder = _create(config, dtype, device, parallel, session_len)
     _fill(tensors, decoder.weight_slots())
     decoder.process_weights_after_loading()
     return decoder, config
+
+
+def check_model(
+    folder: str, parallel: ParallelContext, session_len: int | None = None
+) -> tuple[ModelConfig, dict[str, TensorInfo]]:
+    """Whether a rank can load the checkpoint, as far as config.json and the files' headers tell.
+
+    Takes no memory for weights, and needs no other rank.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    config = read_model_config(folder)
+    tensors = read_checkpoint(folder)
+    shell = _create(config, torch.float32, torch.device("meta"), parallel, session_len)
+    check_tensors(config, tensors, shell.weight_slots())
+    return config, tensors
 
 
 def build_model(

@@ -6,8 +6,10 @@ import asyncio
 import errno
 import getpass
 import os
+import signal
 import socket
 from dataclasses import replace
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -55,9 +57,12 @@ def bind(config: ServerConfig, fixed_port: bool) -> tuple[socket.socket, ServerC
 
 
 def _bind(host: str, port: int, config: ServerConfig) -> tuple[socket.socket, ServerConfig]:
-    family, _, _, _, address = socket.getaddrinfo(
-        host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except UnicodeError as error:  # no name that a computer could have, such as ".."
+        raise OSError(errno.EADDRNOTAVAIL, str(error)) from error
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -113,6 +118,16 @@ def _user() -> str:
         return "USER"
 
 
+class _Server(uvicorn.Server):
+    """Ctrl-C and SIGTERM end the serving, and nothing else."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn would note the signal, to raise it once more when serving has ended; that would
+        # cut off the orderly end of the engine.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+
 async def serve_forever(
     app: FastAPI, sock: socket.socket, config: ServerConfig, services: Services, with_page: bool
 ) -> None:
@@ -121,7 +136,7 @@ async def serve_forever(
     Raises:
         UserError: the model cannot be loaded.
     """
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             app,
             log_level="warning",
