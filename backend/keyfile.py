@@ -1,53 +1,77 @@
-"""The key that a server leaves for its own user's clients on the same machine.
+"""The API key of a server, for clients of the same user on the same machine.
 
-One file a port, readable by its owner only, in the user's runtime directory.
+A server that makes a key of its own writes it here, so that `app.py chat http://127.0.0.1:PORT`
+needs no copying. Only files that nobody else can have written or read are believed.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 
-from platformdirs import user_runtime_path
+import platformdirs
+
+from backend.errors import UserError
 
 MAX_BYTES = 4096
 
 
 def new_key() -> str:
-    """A random key of 256 bits."""
+    """A random key of 256 bits, as OpenAI's clients expect one to look."""
     return "sk-" + secrets.token_urlsafe(32)
 
 
 def key_path(port: int) -> Path:
-    """Where the key of the server on `port` lies."""
-    return user_runtime_path("lmdesk") / f"key-{port}"
+    """Where the key of this machine's server on `port` lies.
+
+    In the user's data directory: the runtime directory is often unset in one of two shells. The
+    machine's name is in it because home directories may be shared.
+    """
+    return platformdirs.user_data_path("lmdesk") / "keys" / f"{platform.node()}-{port}"
 
 
-def write_key(port: int, key: str) -> Path:
-    """Leave a key, in a file of mode 0600 in a directory of mode 0700, in one step."""
+def write_key(port: int, key: str) -> None:
+    """Store `key` for `read_key`, at once or not at all.
+
+    Raises:
+        UserError: it cannot be stored where only this user reads it.
+    """
     path = key_path(port)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.parent.chmod(0o700)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(fd, "w", encoding="ascii") as file:
-        file.write(key)
-    draft.replace(path)
-    return path
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.chmod(0o700)
+        with open(draft, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(key)
+        draft.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink()
+        raise UserError(
+            f"The API key cannot be stored in {path.parent}: {error.strerror}.",
+            "Give --api-keys yourself.") from None
 
 
 def read_key(port: int) -> str | None:
-    """The key left for `port`; None if there is none, or if others could have written it."""
+    """The key of this machine's server on `port`; None if there is none that can be trusted."""
     try:
-        fd = os.open(key_path(port), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
+        # Neither follow a link nor wait at a pipe that somebody left here.
+        fd = os.open(key_path(port), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+    with open(fd, "rb") as file:
+        info = os.fstat(fd)
+        private = stat.S_ISREG(info.st_mode) and stat.S_IMODE(info.st_mode) == 0o600
+        if not private or info.st_uid != os.geteuid() or info.st_size > MAX_BYTES:
             return None
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            return None
-        return file.read(MAX_BYTES).decode("ascii", errors="replace").strip() or None
+        key = file.read(MAX_BYTES).decode("ascii", errors="replace").strip()
+    return key if is_sendable(key) else None
+
+
+def is_sendable(key: str) -> bool:
+    """Whether an HTTP header can carry `key`."""
+    return bool(key) and all("!" <= char <= "~" for char in key)

@@ -1,289 +1,340 @@
-"""Restful mode: `ChatBackend` over somebody's api_server, by OpenAI's own client.
+"""The `ChatBackend` interface over a remote OpenAI-compatible api_server (restful mode).
 
-The server is treated as a stranger: no redirects, no proxies from the environment, bounded waits
-and sizes, and none of its HTML in our errors.
+The other side is not trusted: what it sends is bounded, cleaned and checked, redirects are not
+followed, and every way in which it can fail becomes one sentence.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import re
+import asyncio
+import json
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import httpx2 as httpx  # what openai is built on
-import openai
+import httpx2
+import msgspec
 
 from backend import keyfile
 from backend.chat import Delta, Message, ReplyStats, ServiceStatus
+from backend.chat_template import check_messages
 from backend.config import SamplingParams
 from backend.errors import (
     AuthError,
     ContextLengthError,
     ModelNotFoundError,
+    OverloadedError,
     RemoteError,
     UserError,
 )
+from backend.remote_http import bounded_client, is_loopback_url, normalise_url
 
-CONNECT_SECONDS = 5.0
-IDLE_SECONDS = 60.0  # without a byte
-STATUS_SECONDS = 2.0  # a status is asked for once in so long, however many pages poll
-MAX_REPLY_CHARS = 4 << 20
-MAX_MODELS = 200
-# Sent only when they differ from the default: other servers may not know them.
-EXTRAS = ("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids")
+if TYPE_CHECKING:
+    import openai
 
-
-def normalise_url(text: str) -> str:
-    """`http://host:port` of an api_server as people write it: `127.0.0.1:23333`, `.../v1`.
-
-    A target of 0.0.0.0, which the tutorials type, means this machine.
-
-    Raises:
-        UserError: it is no address of a server, or one that must not be asked.
-    """
-    written = text.strip()
-    url = written if "://" in written else f"http://{written}"
-    example = "Write it as http://127.0.0.1:23333."
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        raise UserError(f"{written!r:.200} is not an address.", example, field="url") from None
-    if parts.scheme not in ("http", "https"):
-        raise UserError(f"{written!r:.200} is neither http nor https.", example, field="url")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise UserError(
-            f"{parts.scheme}://{host} is given with a user, a query or a fragment.",
-            f"Leave them out; the key has a field of its own. {example}",
-            field="url",
-        )
-    if not re.fullmatch(r"[a-z0-9_.:-]+", host) or re.search(r"[\\\s]", url):
-        raise UserError(f"{written!r:.200} is not an address.", example, field="url")
-    address = _ip_address(host)
-    if address is not None:
-        if address.is_unspecified:
-            host = "127.0.0.1"
-        elif address.is_link_local or address.is_multicast:
-            raise UserError(f"{host} is not an address of a server.", example, field="url")
-    path = re.sub(r"/v1$", "", parts.path.rstrip("/"))
-    name = f"[{host}]" if ":" in host else host
-    return f"{parts.scheme}://{name}{'' if port is None else f':{port}'}{path}"
-
-
-def is_loopback_url(url: str) -> bool:
-    """Whether a normalised URL leads to this machine."""
-    host = urlsplit(url).hostname or ""
-    address = _ip_address(host)
-    return host == "localhost" or (address is not None and address.is_loopback)
-
-
-def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return None
-    mapped = getattr(address, "ipv4_mapped", None)
-    return mapped or address
+MAX_MODELS = 1000
+STATUS_SECONDS = 2.0  # the page polls; an answer is good for so long
+GET_SECONDS = 15.0
+NO_SERVER = "no_api_server"
+# Sent only when they differ from the default: servers without them refuse what they do not know.
+OWN_PARAMETERS = ("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos")
+OPENAI_PARAMETERS = ("presence_penalty", "frequency_penalty", "seed", "max_tokens")
 
 
 class RemoteChat:
-    """Another server's models.
+    """Chats with the api_server at `url`. Nothing is sent until something is asked.
+
+    Connections are not kept: a client may be dropped at any time, without closing it.
 
     Args:
-        url: as `normalise_url` takes it.
-        api_key: its key; without one, the key that a server of ours left on this machine.
+        url: as people write it, see `normalise_url`.
+        api_key: "" takes the key file of a server of ours on this machine, if there is one.
+        clock: seconds, monotonic.
 
     Raises:
-        UserError: the URL is not one.
+        UserError: the URL is none, or the key cannot be sent.
     """
 
     def __init__(
         self, url: str, api_key: str = "", *, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        if api_key and not keyfile.is_sendable(api_key):
+            raise UserError("The API key has characters that cannot be sent.",
+                            "Copy it again, without blanks.", field="api_key")
         self.url = normalise_url(url)
+        self._api_key = api_key
         self._clock = clock
-        port = urlsplit(self.url).port
-        if not api_key and port and is_loopback_url(self.url):
-            api_key = keyfile.read_key(port) or ""
-        timeout = httpx.Timeout(IDLE_SECONDS, connect=CONNECT_SECONDS)
-        self._http = httpx.AsyncClient(timeout=timeout, follow_redirects=False, trust_env=False)
-        self._client = openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1",
-            api_key=api_key or "none",
-            http_client=self._http,
-            max_retries=0,
-            timeout=timeout,
-        )
-        self._models: list[str] = []
         self._status: tuple[float, ServiceStatus] | None = None
+        self._with_usage = True  # until the server refuses stream_options
+        self._http = bounded_client(self.url, self._key)
 
     async def models(self) -> list[str]:
-        """The server's models.
+        """Names that the server offers.
 
         Raises:
-            AuthError, RemoteError: it cannot be asked.
+            RemoteError, AuthError, OverloadedError: see `_failure`.
         """
-        try:
-            page = await self._client.models.list()
-            names = [str(model.id) for model in page.data][:MAX_MODELS]
-        except (openai.OpenAIError, httpx.HTTPError) as error:
-            raise self._sentence(error) from error
-        except (AttributeError, TypeError, ValueError) as error:  # not a list of models
-            raise self._foreign() from error
-        if not names:
-            raise RemoteError(f"{self.url} serves no model.", "Wait until it has loaded one.")
-        self._models = names
-        return names
+        data = _json(await self._get("/v1/models"))
+        entries = data.get("data") if isinstance(data, dict) else None
+        if not isinstance(entries, list):
+            raise self._no_server()
+        names = [entry.get("id") for entry in entries[:MAX_MODELS] if isinstance(entry, dict)]
+        return [name for name in names if isinstance(name, str) and 0 < len(name) <= 512]
 
     async def status(self) -> ServiceStatus:
+        """State of the server: all of it if it is one of ours, else whether it is there."""
         now = self._clock()
         if self._status is None or now - self._status[0] >= STATUS_SECONDS:
-            try:
-                names = await self.models()
-                status = ServiceStatus("ready", names[0])
-            except UserError as error:
-                status = ServiceStatus("unreachable", self.url, str(error))
-            self._status = (now, status)
+            self._status = (now, await self._ask_status())
         return self._status[1]
 
     async def count_tokens(self, messages: Sequence[Message]) -> int | None:
-        """Not knowable: the tokenizer is the server's."""
+        """Not knowable: the template and the tokenizer are over there."""
         return None
 
     async def stream(
-        self,
-        messages: Sequence[Message],
-        sampling: SamplingParams,
-        *,
-        stop: Sequence[str] = (),
-        model: str | None = None,
+        self, messages: Sequence[Message], sampling: SamplingParams, *,
+        stop: Sequence[str] = (), model: str | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """See `ChatBackend.stream`.
+        """Deltas of one reply; see `ChatBackend.stream`. Times are measured here.
+
+        Without usage from the server, `completion_tokens` counts the pieces that came.
 
         Raises:
-            AuthError, ContextLengthError, ModelNotFoundError, RemoteError, UserError: as the
-                server answered, or because it did not.
+            UserError: the request cannot be sent, or the server refuses it.
+            RemoteError, AuthError, OverloadedError: see `_failure`.
         """
         started = self._clock()
-        first = started
+        request = _request(check_messages(messages), sampling, stop)
+        request["model"] = model or await self._first_model()
+        reply = await self._open(request)
         stats = ReplyStats(0, 0)
-        reason: str | None = None
-        received = pieces = 0
-        try:
-            name = model or (self._models or await self.models())[0]
-            events = await self._create(messages, sampling, stop, name)
-            async with events:
-                async for event in events:
-                    if event.usage is not None:
-                        stats.prompt_tokens = event.usage.prompt_tokens
-                        stats.completion_tokens = event.usage.completion_tokens
-                        details = event.usage.prompt_tokens_details
-                        stats.cached_tokens = (details and details.cached_tokens) or 0
-                    if not event.choices:
-                        continue
-                    choice = event.choices[0]
-                    reason = choice.finish_reason or reason
-                    text = choice.delta.content or ""
-                    if not text:
-                        continue
-                    if not pieces:
-                        first = self._clock()
-                        stats.ttft_s = first - started
+        first = last = started
+        pieces, reason, usage = 0, None, None
+        async with reply:
+            async for chunk in self._chunks(reply):
+                text, chunk_reason = _choice(chunk)
+                reason = chunk_reason or reason
+                usage = getattr(chunk, "usage", None) or usage
+                if text:
+                    last = self._clock()
+                    if pieces == 0:
+                        first, stats.ttft_s = last, last - started
                     pieces += 1
-                    received += len(text)
-                    if received > MAX_REPLY_CHARS:
-                        raise RemoteError(f"The reply of {self.url} does not end.")
                     yield Delta(text)
-        except (openai.OpenAIError, httpx.HTTPError) as error:
-            raise self._sentence(error) from error
-        except (AttributeError, TypeError, ValueError) as error:
-            raise self._foreign() from error
         if reason is None:
-            raise RemoteError(f"{self.url} broke off the reply.", "Send the message again.")
-        # Without a usage chunk, a piece is about a token.
-        stats.completion_tokens = stats.completion_tokens or pieces
-        seconds = self._clock() - first
-        if stats.completion_tokens > 1 and seconds > 0:
-            stats.tokens_per_s = (stats.completion_tokens - 1) / seconds
+            raise RemoteError(f"The api_server at {self.url} ended the reply half-way.",
+                              "Send the message again.")
+        _fill(stats, usage, pieces, last - first)
         yield Delta(finish_reason="length" if reason == "length" else "stop", stats=stats)
 
-    async def _create(
-        self, messages: Sequence[Message], sampling: SamplingParams, stop: Sequence[str], model: str
-    ) -> Any:
-        defaults = SamplingParams()
-        extras = {
-            field: getattr(sampling, field)
-            for field in EXTRAS
-            if getattr(sampling, field) != getattr(defaults, field)
-        }
-        request: dict[str, Any] = dict(
-            model=model,
-            messages=list(messages),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            extra_body=extras or None,
-            stream=True,
+    async def _first_model(self) -> str:
+        names = await self.models()
+        if not names:
+            raise RemoteError(f"The api_server at {self.url} serves no model.")
+        return names[0]
+
+    async def _open(self, request: dict[str, Any]) -> openai.AsyncStream[Any]:
+        """The stream of a reply, once the server has accepted the request."""
+        import openai  # takes half a second, and only restful mode needs it
+
+        client = openai.AsyncOpenAI(
+            base_url=self.url + "/v1", http_client=self._http, timeout=self._http.timeout,
+            api_key="replaced by the HTTP client", max_retries=0,
         )
-        if sampling.max_tokens is not None:
-            request["max_tokens"] = sampling.max_tokens
-        if sampling.seed is not None:
-            request["seed"] = sampling.seed
-        if sampling.logit_bias:
-            request["logit_bias"] = {str(k): v for k, v in sampling.logit_bias.items()}
-        if stop:
-            request["stop"] = list(stop)
-        create = self._client.chat.completions.create
+        if self._with_usage:
+            request = {**request, "stream_options": {"include_usage": True}}
         try:
-            return await create(**request, stream_options={"include_usage": True})
+            reply = await client.chat.completions.create(**request, stream=True)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if "stream_options" not in str(error):
-                raise
-            return await create(**request)
+            if not (self._with_usage and "stream_options" in error.response.text):
+                raise self._failure(error) from error
+            self._with_usage = False
+            del request["stream_options"]
+            return await self._open(request)
+        except (openai.OpenAIError, UserError) as error:
+            raise self._failure(error) from error
+        if not reply.response.headers.get("content-type", "").startswith("text/event-stream"):
+            await reply.close()
+            raise self._no_server()
+        return reply
 
-    def _sentence(self, error: Exception) -> UserError:
-        """What went wrong, for a person."""
+    async def _chunks(self, reply: openai.AsyncStream[Any]) -> AsyncIterator[Any]:
+        chunks = aiter(reply)
+        while True:
+            try:
+                chunk = await anext(chunks)
+            except StopAsyncIteration:
+                return
+            except Exception as error:  # the client trips over events that are no chunks
+                raise self._failure(error) from error
+            yield chunk
+
+    async def _get(self, path: str) -> httpx2.Response:
+        """A successful answer, whole within `GET_SECONDS`."""
+        try:
+            async with asyncio.timeout(GET_SECONDS):
+                response = await self._http.get(self.url + path)
+        except (httpx2.HTTPError, TimeoutError, UserError) as error:
+            raise self._failure(error) from error
+        if response.status_code != 200:
+            raise self._refusal(response)
+        return response
+
+    async def _ask_status(self) -> ServiceStatus:
+        try:
+            names = await self.models()
+        except UserError as error:
+            return ServiceStatus("unreachable", "", str(error))
+        model = names[0] if names else ""
+        try:
+            data = _json(await self._get("/api/status"))
+            status = msgspec.convert(data, ServiceStatus)
+            status.model, status.detail = clean(status.model), clean(status.detail)
+            return status
+        except (UserError, msgspec.ValidationError):
+            pass  # not one of ours
+        try:
+            await self._get("/health")
+        except UserError as error:
+            if error.status >= 500 and error.code != NO_SERVER:  # many have no /health
+                return ServiceStatus("unreachable", model, str(error))
+        return ServiceStatus("ready", model)
+
+    def _key(self) -> str | None:
+        """Read anew each time: the server may have been started again, with another key."""
+        if self._api_key or not is_loopback_url(self.url):
+            return self._api_key or None
+        parts = urlsplit(self.url)
+        return keyfile.read_key(parts.port or (443 if parts.scheme == "https" else 80))
+
+    def _failure(self, error: Exception) -> UserError:
+        """Whatever went wrong over there or on the way, as a sentence."""
+        import openai
+
+        if isinstance(error, UserError):
+            return error
         if isinstance(error, openai.APIStatusError):
-            return self._status_sentence(error)
-        if isinstance(error, (openai.APITimeoutError, httpx.TimeoutException)):
-            return RemoteError(f"{self.url} does not answer.", "Is the server busy, or stopped?")
-        if isinstance(error, httpx.RemoteProtocolError):
-            return RemoteError(f"{self.url} broke off the reply.", "Send the message again.")
-        if isinstance(error, (openai.APIConnectionError, httpx.TransportError)):
-            return RemoteError(
-                f"No server can be reached at {self.url}.",
-                "Start it with: python app.py serve api_server MODEL",
-            )
-        if isinstance(error, openai.APIError) and not isinstance(
-            error, openai.APIResponseValidationError
-        ):  # an error sent in the middle of a stream
-            return RemoteError(f"{self.url} says: {_plain(error.message)}")
-        return self._foreign()
+            return self._refusal(error.response)
+        cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
+        if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout):
+            return RemoteError(f"No api_server answers at {self.url}.",
+                               "Start it, or check host and port.")
+        if isinstance(cause, httpx2.TimeoutException | TimeoutError):
+            return RemoteError(f"The api_server at {self.url} has gone silent.", "Try again.")
+        if isinstance(cause, httpx2.TransportError):
+            return RemoteError(f"The connection to the api_server at {self.url} was lost.",
+                               "Try again.")
+        if isinstance(error, openai.APIError) and error.body is not None:  # an event of a stream
+            return RemoteError(f"The api_server at {self.url} failed: {clean(error.message)}")
+        return RemoteError(f"The api_server at {self.url} sent something that is no reply.",
+                           "Check that the URL is that of an OpenAI-compatible server.")
 
-    def _status_sentence(self, error: openai.APIStatusError) -> UserError:
-        body = error.body if isinstance(error.body, dict) else None
-        said = _plain(str(body.get("message", ""))) if body else ""
-        if error.status_code in (401, 403):
-            return AuthError(f"{self.url} does not accept this API key.", "Enter its key.")
-        if not said or 300 <= error.status_code < 400:
-            return self._foreign()
-        if error.code == ContextLengthError.code:
-            return ContextLengthError(said)
-        if error.status_code == 404:
-            return ModelNotFoundError(f"{self.url} says: {said}")
-        return RemoteError(f"{self.url} says: {said}")
+    def _refusal(self, response: httpx2.Response) -> UserError:
+        """An answer whose status is not 200."""
+        status = response.status_code
+        text, code = _error_of(response)
+        where = f"The api_server at {self.url}"
+        if status in (401, 403):
+            verb = "does not accept the" if self._key() else "needs an"
+            return AuthError(f"{where} {verb} API key.", "Enter the key it was started with.")
+        if status == 404:
+            if response.request.method == "POST" and text and "model" in f"{code} {text}":
+                return ModelNotFoundError(f"{where} refuses: {text}", field="model")
+            return self._no_server()
+        if status in (429, 503):
+            return OverloadedError(f"{where} cannot take the request now: {text or 'overloaded'}",
+                                   "Try again later.")
+        if 300 <= status < 400:
+            return self._no_server(f"{where} redirects elsewhere.")
+        if text is None:
+            return self._no_server()
+        if code == ContextLengthError.code:
+            return ContextLengthError(f"{where} refuses: {text}", field="messages")
+        if status < 500:
+            return UserError(f"{where} refuses the request: {text}")
+        return RemoteError(f"{where} failed: {text}")
 
-    def _foreign(self) -> RemoteError:
-        return RemoteError(
-            f"{self.url} is not an OpenAI-compatible server.",
-            "Check address and port; ours listens on 23333.",
-        )
+    def _no_server(self, sentence: str = "") -> RemoteError:
+        error = RemoteError(
+            sentence or f"What answers at {self.url} is not an OpenAI-compatible api_server.",
+            "Check the URL.")
+        error.code = NO_SERVER
+        return error
 
 
-def _plain(text: str) -> str:
-    """A stranger's sentence, bounded, without markup."""
-    return re.sub(r"\s+", " ", re.sub(r"[<>]", "", text)).strip()[:500]
+def clean(text: str, limit: int = 500) -> str:
+    """Words of a stranger, as part of a sentence: one line, no control characters, bounded."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:limit]).split())
+
+
+def _json(response: httpx2.Response) -> Any:
+    """Its JSON; None if it has none."""
+    try:
+        return json.loads(response.content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _error_of(response: httpx2.Response) -> tuple[str | None, str]:
+    """(message, code) of OpenAI's {"error": {...}}, or of FastAPI's and LMDeploy's ways."""
+    data = _json(response)
+    error = data.get("error", data) if isinstance(data, dict) else None
+    if isinstance(error, str):
+        return clean(error), ""
+    if not isinstance(error, dict):
+        return None, ""
+    text = next((v for k in ("message", "detail") if isinstance(v := error.get(k), str)), None)
+    return None if text is None else clean(text), clean(str(error.get("code") or ""))
+
+
+def _request(
+    messages: list[dict[str, str]], sampling: SamplingParams, stop: Sequence[str]
+) -> dict[str, Any]:
+    """Arguments of OpenAI's client, without model and stream."""
+    if sampling.logprobs is not None:
+        raise UserError("Log-probabilities are not available over a remote api_server.",
+                        field="logprobs")
+    default = SamplingParams()
+    changed = [name for name in (*OWN_PARAMETERS, *OPENAI_PARAMETERS)
+               if getattr(sampling, name) != getattr(default, name)]
+    extra: dict[str, Any] = {n: getattr(sampling, n) for n in changed if n in OWN_PARAMETERS}
+    if sampling.stop_token_ids:
+        extra["stop_token_ids"] = list(sampling.stop_token_ids)
+    request: dict[str, Any] = {
+        "messages": messages, "temperature": sampling.temperature, "top_p": sampling.top_p,
+        "extra_body": extra,
+        **{name: getattr(sampling, name) for name in changed if name in OPENAI_PARAMETERS},
+    }
+    if stop:
+        request["stop"] = list(stop)
+    if sampling.logit_bias:
+        request["logit_bias"] = {str(k): v for k, v in sampling.logit_bias.items()}
+    return request
+
+
+def _choice(chunk: Any) -> tuple[str, str | None]:
+    """(text, finish reason) of a chunk. OpenAI's client does not check the types of its fields."""
+    choices = getattr(chunk, "choices", None)
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    text = getattr(getattr(choice, "delta", None), "content", None)
+    reason = getattr(choice, "finish_reason", None)
+    # JSON can smuggle half surrogate pairs, which no page and no terminal can show.
+    shown = text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
+    return shown, reason if isinstance(reason, str) else None
+
+
+def _fill(stats: ReplyStats, usage: Any, pieces: int, seconds: float) -> None:
+    """Counts from the server's usage, as far as it sent any."""
+    def count(owner: Any, name: str) -> int | None:
+        value = getattr(owner, name, None)
+        return value if type(value) is int and 0 <= value < 1 << 40 else None
+
+    stats.prompt_tokens = count(usage, "prompt_tokens") or 0
+    tokens = count(usage, "completion_tokens")
+    stats.completion_tokens = pieces if tokens is None else tokens
+    details = getattr(usage, "prompt_tokens_details", None)
+    stats.cached_tokens = count(details, "cached_tokens") or 0
+    if stats.completion_tokens > 1 and seconds > 0:
+        stats.tokens_per_s = (stats.completion_tokens - 1) / seconds

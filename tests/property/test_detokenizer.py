@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from backend.detokenizer import Detokenizer
 from backend.tokenizer import Tokenizer
@@ -19,7 +18,8 @@ TOKENIZERS = {name: Tokenizer(make()) for name, make in MAKERS.items()}
 BACKENDS = {name: make() for name, make in MAKERS.items()}
 every_tokenizer = pytest.mark.parametrize("name", list(MAKERS))
 
-PIECES = ["你好", "世界", "👩‍👩‍👧", "🇨🇳", "😀", " ", "  ", "\n", "the", "cat", "STOP", "é", "\x00", "▁", "ab"]
+PIECES = ["你好", "世界", "👩‍👩‍👧", "🇨🇳", "😀", " ", "  ", "\n", "the", "cat", "STOP",
+          "é", "\x00", "▁", "ab"]
 texts = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
 cuts = st.lists(st.integers(1, 4), max_size=60)
 

@@ -28,8 +28,9 @@ def test_same_ids_and_text_as_transformers(make, settings, tmp_path: Path) -> No
     backend.add_tokens(["  the", "ü"])
     backend.add_special_tokens(["<a b>"])
     bos, eos = ("<s>", "</s>") if backend.token_to_id("<s>") else ("<|endoftext|>", "<|im_end|>")
-    fake_tokenizer.save(backend, tmp_path, tokenizer_class="PreTrainedTokenizerFast",
-                        bos_token=bos, eos_token={"__type": "AddedToken", "content": eos}, **settings)
+    fake_tokenizer.save(
+        backend, tmp_path, tokenizer_class="PreTrainedTokenizerFast", bos_token=bos,
+        eos_token={"__type": "AddedToken", "content": eos}, **settings)
     ours, theirs = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for add in (True, False):
         ids = ours.encode(TEXT, add_special_tokens=add)
@@ -54,7 +55,7 @@ def test_token_bytes_of_byte_level_tokens() -> None:
 
 def test_token_bytes_of_sentencepiece_tokens() -> None:
     backend = fake_tokenizer.sentencepiece()
-    backend.add_tokens([AddedToken("▁▁▁", normalized=False)])  # Gemma has runs of blanks as added tokens
+    backend.add_tokens([AddedToken("▁▁▁", normalized=False)])  # as Gemma has for runs of blanks
     tokenizer = Tokenizer(backend)
     assert tokenizer.token_bytes(backend.token_to_id("<0xE4>")) == b"\xe4"
     assert tokenizer.token_bytes(backend.token_to_id("▁the")) == b" the"
