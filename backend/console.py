@@ -1,22 +1,25 @@
-"""Chat in the terminal: two Enters send, `exit` quits, `end` begins anew, Ctrl-C stops a reply."""
+"""Chat in the terminal: type, press Enter twice, read."""
 
 from __future__ import annotations
 
 import asyncio
+import io
+import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from typing import TextIO
-
-from rich.console import Console
 
 from backend.chat import ChatBackend, Message, ReplyStats
 from backend.config import SamplingParams
 from backend.errors import UserError
 
-GREETING = "Two Enters send, end begins a new conversation, exit quits, Ctrl-C stops a reply."
-PROMPT = "you> "
+PROMPT = "\ndouble enter to end input >>> "
+INTRODUCTION = (
+    "Enter twice sends, Ctrl-C stops a reply. end begins a new conversation, exit leaves."
+)
+# Control characters could move the cursor, retitle the window or worse.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 async def chat(
@@ -24,101 +27,129 @@ async def chat(
     sampling: SamplingParams,
     *,
     system: str | None = None,
-    stdin: TextIO = sys.stdin,
-    stdout: TextIO = sys.stdout,
+    stdin: TextIO | None = None,
+    stdout: TextIO | None = None,
 ) -> None:
-    """Converse until `exit` or the end of the input.
+    """Talk until the user leaves: `exit`, the end of the input, or Ctrl-C at the prompt.
 
-    Errors of a turn are told in a sentence, and the conversation goes on without that turn.
+    Must be called in the main thread, where Ctrl-C arrives.
     """
-    # `highlight` would colour numbers in replies.
-    console = Console(file=stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    first: list[Message] = [{"role": "system", "content": system}] if system else []
-    messages = list(first)
-    console.print(GREETING, style="dim")
-    while True:
-        text = await _read_message(stdin, console)
-        if text is None or text == "exit":
-            return
-        if text == "end":
-            messages = list(first)
-            console.print("A new conversation.", style="dim")
-            continue
-        if not text:
-            continue
-        turn: Message = {"role": "user", "content": text}
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        console = _Console(backend, sampling, system, stdin or sys.stdin, stdout or sys.stdout)
+        await console.run()
+    except KeyboardInterrupt:  # at the prompt
+        pass
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Console:
+    def __init__(
+        self, backend: ChatBackend, sampling: SamplingParams, system: str | None,
+        stdin: TextIO, stdout: TextIO,
+    ) -> None:
+        self.backend, self.sampling = backend, sampling
+        self.stdin, self.stdout = stdin, stdout
+        self.opening: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.messages = list(self.opening)
+        self.at_terminal = stdin.isatty() and stdout.isatty()
+        for stream in (stdin, stdout):  # what the terminal cannot show or said wrongly is no crash
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        if self.at_terminal and stdin is sys.stdin:
+            import readline  # noqa: F401  gives input() arrow keys and a history
+
+    async def run(self) -> None:
+        if self.at_terminal:
+            self.write(INTRODUCTION + "\n")
+        while (text := self.read()) is not None and text.strip() != "exit":
+            if text.strip() == "end":
+                self.messages = list(self.opening)
+                self.note("A new conversation.")
+            else:
+                await self.turn(text)
+
+    def read(self) -> str | None:
+        """A message: lines up to an empty one. None at the end of the input.
+
+        Blocks the event loop, on purpose: only so does Ctrl-C end the wait, and while the user
+        types there is nothing else to do.
+        """
+        lines: list[str] = []
+        while True:
+            line = self.read_line(PROMPT if not lines else "")
+            if line is None or (lines and not line.strip()):
+                break
+            if line.strip():
+                lines.append(line)
+        return "\n".join(lines) if lines else None
+
+    def read_line(self, prompt: str) -> str | None:
+        if self.at_terminal and self.stdin is sys.stdin:
+            try:
+                return input(prompt)
+            except EOFError:
+                return None
+        if self.at_terminal:
+            self.write(prompt)
+        line = self.stdin.readline()
+        return line.rstrip("\r\n") if line else None
+
+    async def turn(self, text: str) -> None:
+        """One message and its reply, which Ctrl-C stops. What failed is not remembered."""
+        self.messages.append({"role": "user", "content": text})
+        pieces: list[str] = []
+        loop = asyncio.get_running_loop()
+        reply = asyncio.ensure_future(self.reply(pieces))
+        loop.add_signal_handler(signal.SIGINT, reply.cancel)
         try:
-            reply = await _answer(backend, [*messages, turn], sampling, console)
+            stats = await reply
         except UserError as error:
-            console.print(f"\n{error}", style="yellow")
-            continue
-        if reply:
-            messages += [turn, {"role": "assistant", "content": reply}]
+            self.note(str(error), begin="\n" if pieces else "")
+            pieces.clear()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # not by Ctrl-C: all of this shall end
+                raise
+            self.note("Stopped.", begin="\n")
+        else:
+            self.note(stats, begin="\n")
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)  # back to KeyboardInterrupt
+        if pieces:
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        else:
+            self.messages.pop()
 
-
-async def _read_message(stdin: TextIO, console: Console) -> str | None:
-    """Lines up to an empty one, or a command alone on the first; None at the end of the input."""
-    console.print(PROMPT, end="", style="bold")
-    lines: list[str] = []
-    while True:
-        # Not in a thread: nothing else wants the loop now, and Ctrl-C must end the reading.
-        line = stdin.readline()
-        if not line:
-            return "\n".join(lines).strip() or None
-        line = line.rstrip("\r\n")
-        if not lines and line.strip() in ("exit", "end"):
-            return line.strip()
-        if not line:
-            return "\n".join(lines).strip()
-        lines.append(line)
-
-
-async def _answer(
-    backend: ChatBackend, messages: list[Message], sampling: SamplingParams, console: Console
-) -> str:
-    """Print a reply as it comes; returns what of it came before the end or Ctrl-C."""
-    pieces: list[str] = []
-
-    async def receive() -> ReplyStats | None:
-        stats = None
-        async with aclosing(backend.stream(messages, sampling)) as deltas:  # type: ignore[type-var]
+    async def reply(self, pieces: list[str]) -> str:
+        """Show the reply as it comes, and gather it in `pieces`; returns the line below it."""
+        line = ""
+        async with aclosing(self.backend.stream(self.messages, self.sampling)) as deltas:  # type: ignore[type-var]
             async for delta in deltas:
                 if delta.text:
                     pieces.append(delta.text)
-                    console.file.write(delta.text)
-                    console.file.flush()
-                stats = delta.stats or stats
-        return stats
+                    self.write(_CONTROL.sub("", delta.text))
+                if delta.stats is not None:
+                    line = describe(delta.stats)
+                    if delta.finish_reason == "length":
+                        line += ", cut off at the length limit"
+        return line
 
-    task = asyncio.create_task(receive())
-    with _interrupt(task):
-        try:
-            stats = await task
-        except asyncio.CancelledError:
-            if asyncio.current_task() and asyncio.current_task().cancelling():  # type: ignore
-                raise  # it was not Ctrl-C that cancelled: somebody ends the whole chat
-            console.print("\n(stopped)", style="dim")
-            return "".join(pieces)
-    console.print()
-    if stats is not None:
-        console.print(
-            f"[{stats.prompt_tokens} + {stats.completion_tokens} tokens, first after "
-            f"{stats.ttft_s:.2f} s, {stats.tokens_per_s:.1f} tokens/s]",
-            style="dim",
-        )
-    return "".join(pieces)
+    def note(self, text: str, begin: str = "") -> None:
+        """A line that is not the model's, dim where the terminal can."""
+        text = _CONTROL.sub("", text)
+        self.write(begin + (f"\x1b[2m{text}\x1b[0m\n" if self.at_terminal else f"{text}\n"))
+
+    def write(self, text: str) -> None:
+        self.stdout.write(text)
+        self.stdout.flush()
 
 
-@contextmanager
-def _interrupt(task: asyncio.Task[ReplyStats | None]) -> Iterator[None]:
-    """While a reply runs, Ctrl-C cancels it and nothing else."""
-    loop = asyncio.get_running_loop()
-    try:
-        loop.add_signal_handler(signal.SIGINT, task.cancel)
-    except (NotImplementedError, RuntimeError, ValueError):  # not the main thread, or Windows
-        yield
-        return
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
+def describe(stats: ReplyStats) -> str:
+    """Counts and times of a reply, in one line."""
+    cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+    speed = f", {stats.tokens_per_s:.1f} tokens/s" if stats.tokens_per_s else ""
+    return (f"[prompt {stats.prompt_tokens} tokens{cached}, reply {stats.completion_tokens} "
+            f"tokens, first after {stats.ttft_s:.2f} s{speed}]")

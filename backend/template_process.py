@@ -159,6 +159,7 @@ def describe(error: Exception) -> dict[str, str]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started us
     lines, out = sys.stdin.buffer, sys.stdout.buffer
 
     def answer(value: dict[str, str]) -> None:
@@ -189,5 +190,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (BrokenPipeError, KeyboardInterrupt):
-        pass  # the parent is gone, or Ctrl-C meant all of us
+    except BrokenPipeError:
+        pass  # the parent is gone

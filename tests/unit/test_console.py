@@ -1,0 +1,201 @@
+"""The terminal chat, fed with a script, over a scripted backend."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import pty
+import select
+import signal
+import sys
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backend.chat import Delta, Message, ReplyStats, ServiceStatus
+from backend.config import SamplingParams
+from backend.console import chat
+from backend.errors import ContextLengthError
+
+STATS = ReplyStats(12, 34, 5, 0.125, 56.78)
+SAMPLING = SamplingParams(max_tokens=99)
+Reply = list[str | Exception | Callable[[], Any]]
+
+
+class Backend:
+    """Plays `replies` one after another: text is said, an error raised, a function called."""
+
+    def __init__(self, *replies: Reply) -> None:
+        self.replies = list(replies)
+        self.seen: list[list[tuple[str, str]]] = []
+        self.closed = 0
+
+    async def models(self) -> list[str]:
+        return ["m"]
+
+    async def status(self) -> ServiceStatus:
+        return ServiceStatus("ready", "m")
+
+    async def count_tokens(self, messages: Sequence[Message]) -> int | None:
+        return None
+
+    async def stream(
+        self, messages: Sequence[Message], sampling: SamplingParams, *,
+        stop: Sequence[str] = (), model: str | None = None,
+    ) -> AsyncGenerator[Delta, None]:
+        assert sampling is SAMPLING
+        self.seen.append([(m["role"], m["content"]) for m in messages])
+        try:
+            for part in self.replies.pop(0):
+                if isinstance(part, str):
+                    yield Delta(part)
+                elif isinstance(part, Exception):
+                    raise part
+                else:
+                    part()
+                    await asyncio.get_running_loop().create_future()  # only a cancel ends this
+            yield Delta(finish_reason="stop", stats=STATS)
+        finally:
+            self.closed += 1
+
+
+def talk(backend: Backend, script: str, system: str | None = None) -> str:
+    out = io.StringIO()
+    asyncio.run(chat(backend, SAMPLING, system=system, stdin=io.StringIO(script), stdout=out))
+    return out.getvalue()
+
+
+def test_a_conversation() -> None:
+    backend = Backend(["Hel", "lo!"], ["B"])
+    shown = talk(backend, "\n\nhi\n  there\n\nmore\n\nexit\n\nnever\n\n", system="Be brief.")
+    line = "[prompt 12 tokens (5 cached), reply 34 tokens, first after 0.12 s, 56.8 tokens/s]\n"
+    assert shown == f"Hello!\n{line}B\n{line}"
+    assert backend.seen == [
+        [("system", "Be brief."), ("user", "hi\n  there")],
+        [("system", "Be brief."), ("user", "hi\n  there"), ("assistant", "Hello!"),
+         ("user", "more")],
+    ]
+
+
+def test_end_begins_anew() -> None:
+    backend = Backend(["A"], ["B"])
+    shown = talk(backend, "one\n\nend\n\ntwo\n\n", system="S")
+    assert "A new conversation." in shown
+    assert backend.seen[1] == [("system", "S"), ("user", "two")]
+
+
+def test_end_of_input_sends_what_was_typed_and_leaves() -> None:
+    backend = Backend(["A"])
+    assert talk(backend, "no empty line").startswith("A\n")
+    assert backend.seen == [[("user", "no empty line")]]
+    assert talk(Backend(), "") == talk(Backend(), "\n\n") == ""
+
+
+def test_errors_are_sentences_and_the_chat_goes_on() -> None:
+    backend = Backend(
+        [ContextLengthError("Too long.", "Shorten it.")], ["half", ContextLengthError("Broke.")],
+        ["fine"])
+    shown = talk(backend, "one\n\ntwo\n\nthree\n\n")
+    assert shown.startswith("Too long. Shorten it.\nhalf\nBroke.\nfine\n[")
+    assert backend.seen[2] == [("user", "three")]
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        talk(Backend([ZeroDivisionError()]), "hi\n\n")
+
+
+def test_control_characters_are_not_shown() -> None:
+    shown = talk(Backend(["a\x1b]0;owned\x07b\tc\nd\x9b31m 👩‍👧"]), "hi\n\n")
+    assert shown.startswith("a]0;ownedb\tc\nd31m 👩‍👧\n")
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_stops_the_reply_only() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    backend = Backend(["half", interrupt], [interrupt], ["on"])
+    shown = talk(backend, "one\n\ntwo\n\nthree\n\n")
+    assert shown.startswith("half\nStopped.\n\nStopped.\non\n[")
+    assert backend.closed == 3
+    assert backend.seen[2] == [("user", "one"), ("assistant", "half"), ("user", "three")]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_at_the_prompt_leaves() -> None:
+    class Interrupted(io.StringIO):
+        def readline(self, size: int = -1) -> str:
+            interrupt()
+            return "never\n"
+
+    backend, out = Backend(), io.StringIO()
+    asyncio.run(chat(backend, SAMPLING, stdin=Interrupted(), stdout=out))
+    assert (out.getvalue(), backend.seen) == ("", [])
+
+
+def test_cancelling_the_chat_itself_ends_it() -> None:
+    async def main() -> None:
+        backend = Backend(["x", lambda: task.cancel()])
+        task = asyncio.ensure_future(
+            chat(backend, SAMPLING, stdin=io.StringIO("hi\n\n"), stdout=io.StringIO()))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert backend.closed == 1
+
+    asyncio.run(main())
+
+
+def test_wrong_bytes_are_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"caf\xff\n\n")
+    backend = Backend(["你好"])
+    with open(tmp_path / "in", encoding="utf-8") as given, \
+            open(tmp_path / "out", "w", encoding="ascii") as out:
+        asyncio.run(chat(backend, SAMPLING, stdin=given, stdout=out))
+    assert backend.seen == [[("user", "caf\ufffd")]]
+    assert (tmp_path / "out").read_bytes().startswith(b"??\n")
+
+
+SESSION = """
+import asyncio
+from backend.console import chat
+from tests.unit.test_console import SAMPLING, Backend
+asyncio.run(chat(Backend(["Hi ", print, "never"], ["Again"]), SAMPLING))
+"""
+
+
+def test_at_a_real_terminal() -> None:
+    """Prompt, Ctrl-C in a reply, a second message, Ctrl-C at the prompt; as keys, not as calls."""
+    root = str(Path(__file__).parents[2])
+    pid, terminal = pty.fork()
+    if pid == 0:
+        try:
+            os.execve(sys.executable, [sys.executable, "-c", SESSION],
+                      {**os.environ, "PYTHONPATH": root, "TERM": "xterm"})
+        finally:
+            os._exit(127)
+    shown = b""
+
+    def wait_for(text: bytes) -> None:
+        nonlocal shown
+        while text not in shown:
+            assert select.select([terminal], [], [], 60)[0], shown
+            shown += os.read(terminal, 4096)
+        shown = shown.split(text, 1)[1]
+
+    wait_for(b"double enter to end input >>> ")
+    os.write(terminal, "你好\r\r".encode())
+    wait_for(b"Hi \r\n")  # `print` ends the line: the backend waits from here on
+    os.write(terminal, b"\x03")
+    wait_for(b"Stopped.")
+    wait_for(b"double enter to end input >>> ")
+    os.write(terminal, b"more\r\r")
+    wait_for(b"Again\r\n\x1b[2m[prompt 12 tokens")
+    wait_for(b"double enter to end input >>> ")
+    os.write(terminal, b"\x03")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(terminal)  # left open until here: its end would end the session, if a check failed
