@@ -12,7 +12,7 @@ from typing import TextIO
 
 from backend.chat import ChatBackend, Message, ReplyStats
 from backend.config import SamplingParams
-from backend.errors import UserError
+from backend.errors import EngineNotReadyError, UserError
 
 PROMPT = "\ndouble enter to end input >>> "
 INTRODUCTION = (
@@ -30,17 +30,18 @@ async def chat(
     stdin: TextIO | None = None,
     stdout: TextIO | None = None,
 ) -> None:
-    """Talk until the user leaves: `exit`, the end of the input, or Ctrl-C at the prompt.
+    """Talk until the user leaves by `exit` or the end of the input.
 
     Must be called in the main thread, where Ctrl-C arrives.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C at the prompt.
     """
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         console = _Console(backend, sampling, system, stdin or sys.stdin, stdout or sys.stdout)
         await console.run()
-    except KeyboardInterrupt:  # at the prompt
-        pass
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -74,8 +75,8 @@ class _Console:
     def read(self) -> str | None:
         """A message: lines up to an empty one. None at the end of the input.
 
-        Blocks the event loop, on purpose: only so does Ctrl-C end the wait, and while the user
-        types there is nothing else to do.
+        Blocks the event loop, on purpose: only so does Ctrl-C end the wait. What the loop should
+        do meanwhile, starting a dead engine again, is waited for in `reply`.
         """
         lines: list[str] = []
         while True:
@@ -125,6 +126,16 @@ class _Console:
 
     async def reply(self, pieces: list[str]) -> str:
         """Show the reply as it comes, and gather it in `pieces`; returns the line below it."""
+        try:
+            return await self.receive(pieces)
+        except EngineNotReadyError as error:
+            self.note(error.message)
+            while (await self.backend.status()).state in ("loading", "restarting"):
+                await asyncio.sleep(0.1)
+            return await self.receive(pieces)
+
+    async def receive(self, pieces: list[str]) -> str:
+        """One attempt at `reply`."""
         line = ""
         async with aclosing(self.backend.stream(self.messages, self.sampling)) as deltas:  # type: ignore[type-var]
             async for delta in deltas:

@@ -44,6 +44,8 @@ def write_key(port: int, key: str) -> None:
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_own(path.parent.lstat(), stat.S_IFDIR):  # root could write there all the same
+            raise PermissionError(0, "it is not a directory of this user's own")
         path.parent.chmod(0o700)
         with open(draft, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(key)
@@ -58,18 +60,27 @@ def write_key(port: int, key: str) -> None:
 
 def read_key(port: int) -> str | None:
     """The key of this machine's server on `port`; None if there is none that can be trusted."""
+    path = key_path(port)
     try:
+        # Whoever may write to the directory could give another file of ours this name.
+        if not _is_own(path.parent.lstat(), stat.S_IFDIR, 0o700):
+            return None
         # Neither follow a link nor wait at a pipe that somebody left here.
-        fd = os.open(key_path(port), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     with open(fd, "rb") as file:
         info = os.fstat(fd)
-        private = stat.S_ISREG(info.st_mode) and stat.S_IMODE(info.st_mode) == 0o600
-        if not private or info.st_uid != os.geteuid() or info.st_size > MAX_BYTES:
+        if not _is_own(info, stat.S_IFREG, 0o600) or info.st_size > MAX_BYTES:
             return None
         key = file.read(MAX_BYTES).decode("ascii", errors="replace").strip()
     return key if is_sendable(key) else None
+
+
+def _is_own(info: os.stat_result, kind: int, mode: int | None = None) -> bool:
+    """Whether it is of that kind, belongs to this process's user, and has that very mode."""
+    return (stat.S_IFMT(info.st_mode) == kind and info.st_uid == os.geteuid()
+            and mode in (None, stat.S_IMODE(info.st_mode)))
 
 
 def is_sendable(key: str) -> bool:

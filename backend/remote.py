@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import openai
 
 MAX_MODELS = 1000
+MAX_REPLY_CHARS = 4 << 20  # no model's context holds more; what is endless must not fill memory
 STATUS_SECONDS = 2.0  # the page polls; an answer is good for so long
 GET_SECONDS = 15.0
 NO_SERVER = "no_api_server"
@@ -66,8 +67,15 @@ class RemoteChat:
         self._api_key = api_key
         self._clock = clock
         self._status: tuple[float, ServiceStatus] | None = None
+        self._asking = asyncio.Lock()  # however many pages poll, one asks
         self._with_usage = True  # until the server refuses stream_options
         self._http = bounded_client(self.url, self._key)
+        import openai  # takes half a second, and only restful mode needs it
+
+        self._completions = openai.AsyncOpenAI(
+            base_url=self.url + "/v1", http_client=self._http, timeout=self._http.timeout,
+            api_key="replaced by the HTTP client", max_retries=0,
+        ).chat.completions
 
     async def models(self) -> list[str]:
         """Names that the server offers.
@@ -84,10 +92,11 @@ class RemoteChat:
 
     async def status(self) -> ServiceStatus:
         """State of the server: all of it if it is one of ours, else whether it is there."""
-        now = self._clock()
-        if self._status is None or now - self._status[0] >= STATUS_SECONDS:
-            self._status = (now, await self._ask_status())
-        return self._status[1]
+        async with self._asking:
+            if self._status is None or self._clock() - self._status[0] >= STATUS_SECONDS:
+                status = await self._ask_status()
+                self._status = (self._clock(), status)  # who is slow to answer is not asked more
+            return self._status[1]
 
     async def count_tokens(self, messages: Sequence[Message]) -> int | None:
         """Not knowable: the template and the tokenizer are over there."""
@@ -111,7 +120,7 @@ class RemoteChat:
         reply = await self._open(request)
         stats = ReplyStats(0, 0)
         first = last = started
-        pieces, reason, usage = 0, None, None
+        pieces, chars, reason, usage = 0, 0, None, None
         async with reply:
             async for chunk in self._chunks(reply):
                 text, chunk_reason = _choice(chunk)
@@ -121,7 +130,10 @@ class RemoteChat:
                     last = self._clock()
                     if pieces == 0:
                         first, stats.ttft_s = last, last - started
-                    pieces += 1
+                    pieces, chars = pieces + 1, chars + len(text)
+                    if chars > MAX_REPLY_CHARS:
+                        raise RemoteError(f"The reply of the api_server at {self.url} does not "
+                                          "end.", "Set max_tokens.")
                     yield Delta(text)
         if reason is None:
             raise RemoteError(f"The api_server at {self.url} ended the reply half-way.",
@@ -137,16 +149,12 @@ class RemoteChat:
 
     async def _open(self, request: dict[str, Any]) -> openai.AsyncStream[Any]:
         """The stream of a reply, once the server has accepted the request."""
-        import openai  # takes half a second, and only restful mode needs it
+        import openai
 
-        client = openai.AsyncOpenAI(
-            base_url=self.url + "/v1", http_client=self._http, timeout=self._http.timeout,
-            api_key="replaced by the HTTP client", max_retries=0,
-        )
         if self._with_usage:
             request = {**request, "stream_options": {"include_usage": True}}
         try:
-            reply = await client.chat.completions.create(**request, stream=True)
+            reply = await self._completions.create(**request, stream=True)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if not (self._with_usage and "stream_options" in error.response.text):
                 raise self._failure(error) from error

@@ -117,7 +117,10 @@ async def _bound(response: httpx2.Response) -> None:
     """Called with every answer, before its body is read."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise RemoteError("The api_server sent a compressed answer, which it was told not to.")
-    events = response.headers.get("content-type", "").startswith("text/event-stream")
+    kind = response.headers.get("content-type", "")
+    # Only replies are read piece by piece; all else is held in memory as a whole.
+    events = (response.request.method == "POST" and response.status_code == 200
+              and kind.startswith("text/event-stream"))
     assert isinstance(response.stream, httpx2.AsyncByteStream)
     response.stream = _BoundedStream(response.stream, events)
 
@@ -125,6 +128,7 @@ async def _bound(response: httpx2.Response) -> None:
 def _checked_host(host: str, text: str) -> str:
     try:
         address = ipaddress.ip_address(host)
+        address = getattr(address, "ipv4_mapped", None) or address
     except ValueError:
         address = None
     if address is None:
@@ -132,10 +136,9 @@ def _checked_host(host: str, text: str) -> str:
             raise _nonsense(text)
         refused = host.rstrip(".") in METADATA
     else:
-        mapped = getattr(address, "ipv4_mapped", None) or address
-        if mapped.is_unspecified:  # it means "here", and not every system connects to it
-            return "127.0.0.1" if mapped.version == 4 else "[::1]"
-        refused = mapped.is_link_local or mapped.is_multicast or str(mapped) in METADATA
+        if address.is_unspecified:  # it means "here", and not every system connects to it
+            return "127.0.0.1" if address.version == 4 else "[::1]"
+        refused = address.is_link_local or address.is_multicast or str(address) in METADATA
         host = f"[{address.compressed}]" if address.version == 6 else str(address)
     if refused:
         raise UserError(f"{host} is not an address of an api_server.",

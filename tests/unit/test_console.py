@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 
-from backend.chat import Delta, Message, ReplyStats, ServiceStatus
-from backend.config import SamplingParams
+from backend.chat import ChatService, Delta, Message, ReplyStats, ServiceStatus
+from backend.config import EngineConfig, SamplingParams
 from backend.console import chat
-from backend.errors import ContextLengthError
+from backend.engine.async_engine import AsyncEngine
+from backend.engine.launcher import ProcessHandle
+from backend.errors import ContextLengthError, EngineNotReadyError
+from tests.server.support import LastMessage, byte_tokenizer
 
 STATS = ReplyStats(12, 34, 5, 0.125, 56.78)
 SAMPLING = SamplingParams(max_tokens=99)
@@ -103,6 +106,24 @@ def test_errors_are_sentences_and_the_chat_goes_on() -> None:
     assert backend.seen[2] == [("user", "three")]
 
 
+def test_a_message_waits_for_an_engine_that_is_being_started_again() -> None:
+    """The event loop stands still while a line is read; the restart needs it."""
+    class Restarting(Backend):
+        states = ["restarting", "loading", "ready"]
+
+        async def status(self) -> ServiceStatus:
+            return ServiceStatus(self.states.pop(0), "m")
+
+    backend = Restarting([EngineNotReadyError("It died.", "Try again.")], ["fine"])
+    assert talk(backend, "one\n\n").startswith("It died.\nfine\n[")
+    assert backend.seen == [[("user", "one")]] * 2 and not backend.states
+    backend = Restarting(
+        [EngineNotReadyError("It died.")], [EngineNotReadyError("No restart.")], ["x"])
+    backend.states = ["failed"]
+    assert talk(backend, "one\n\ntwo\n\n").startswith("It died.\nNo restart.\nx\n")
+    assert backend.seen[2] == [("user", "two")]
+
+
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         talk(Backend([ZeroDivisionError()]), "hi\n\n")
@@ -133,9 +154,12 @@ def test_ctrl_c_at_the_prompt_leaves() -> None:
             interrupt()
             return "never\n"
 
-    backend, out = Backend(), io.StringIO()
-    asyncio.run(chat(backend, SAMPLING, stdin=Interrupted(), stdout=out))
+    before = signal.getsignal(signal.SIGINT)
+    backend, out = Backend(["A"]), io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(chat(backend, SAMPLING, stdin=Interrupted(), stdout=out))
     assert (out.getvalue(), backend.seen) == ("", [])
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_cancelling_the_chat_itself_ends_it() -> None:
@@ -160,11 +184,50 @@ def test_wrong_bytes_are_no_crash(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes().startswith(b"??\n")
 
 
+class Typist(io.StringIO):
+    """Types lines, and kills the engine's process before the one that says so."""
+
+    handle: ProcessHandle
+
+    def readline(self, size: int | None = -1) -> str:
+        line = super().readline()
+        if line == "after the end\n":
+            os.kill(self.handle.pid, signal.SIGKILL)
+        return line
+
+
+def test_an_engine_that_dies_while_the_user_types_is_back_by_itself() -> None:
+    typist, out = Typist("hello\n\nafter the end\n\nagain\n\n"), io.StringIO()
+
+    def launch() -> ProcessHandle:
+        typist.handle = ProcessHandle((sys.executable, "-m", "tests.fake_worker"))
+        return typist.handle
+
+    async def main() -> None:
+        engine = AsyncEngine(EngineConfig("fake"), launch)
+        service = ChatService(
+            engine, byte_tokenizer(), LastMessage(), "m")  # type: ignore[arg-type]
+        await engine.start()
+        try:
+            await engine.wait_ready()
+            await chat(service, SamplingParams(max_tokens=5), stdin=typist, stdout=out)
+        finally:
+            await engine.stop()
+
+    asyncio.run(main())
+    lines = [line for line in out.getvalue().splitlines() if not line.startswith("[")]
+    # The message may be ahead of the notice of the death, and be lost; not so the one after it.
+    assert (lines[0], lines[-1]) == ("hello", "again") and lines[1].startswith("The engine ")
+
+
 SESSION = """
-import asyncio
+import asyncio, sys
 from backend.console import chat
 from tests.unit.test_console import SAMPLING, Backend
-asyncio.run(chat(Backend(["Hi ", print, "never"], ["Again"]), SAMPLING))
+try:
+    asyncio.run(chat(Backend(["Hi ", print, "never"], ["Again"]), SAMPLING))
+except KeyboardInterrupt:
+    sys.exit(130)
 """
 
 
@@ -197,5 +260,5 @@ def test_at_a_real_terminal() -> None:
     wait_for(b"Again\r\n\x1b[2m[prompt 12 tokens")
     wait_for(b"double enter to end input >>> ")
     os.write(terminal, b"\x03")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
     os.close(terminal)  # left open until here: its end would end the session, if a check failed

@@ -36,3 +36,49 @@ def test_key_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(other))
     with pytest.raises(UserError, match="cannot be stored.*--api-keys"):
         keyfile.write_key(1, key)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    keyfile.write_key(1, "sk-key")
+    return keyfile.key_path(1).parent
+
+
+def test_a_directory_that_others_may_use_is_not_believed(folder: Path) -> None:
+    for mode in (0o777, 0o1777, 0o770, 0o750, 0o755):
+        folder.chmod(mode)
+        assert keyfile.read_key(1) is None
+    keyfile.write_key(2, "sk-new")  # and writing puts it right
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (keyfile.read_key(1), keyfile.read_key(2)) == ("sk-key", "sk-new")
+
+
+def test_a_directory_that_is_a_link_is_not_used(folder: Path) -> None:
+    folder.symlink_to(folder.rename(folder.with_name("elsewhere")))
+    assert keyfile.read_key(1) is None
+    with pytest.raises(UserError, match="cannot be stored in .*not a directory of this user"):
+        keyfile.write_key(1, "sk-new")
+    assert os.listdir(folder) == [keyfile.key_path(1).name]
+
+
+def test_what_belongs_to_another_user_is_not_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    assert keyfile.read_key(1) is None
+    with pytest.raises(UserError, match="cannot be stored"):
+        keyfile.write_key(1, "sk-new")
+
+
+def test_a_key_that_cannot_be_stored_leaves_the_old_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(UserError, match="No space left"):
+        keyfile.write_key(1, "sk-new")
+    assert keyfile.read_key(1) == "sk-key"
+    assert os.listdir(folder) == [keyfile.key_path(1).name]
