@@ -34,6 +34,7 @@ FLOORS = {
     "backend.chat_template": 20,
     "backend.detokenizer": 20,
     "backend.memory": 25,
+    "backend.remote_http": 29,
     "backend.model_files": 19,
     "backend.template_process": 19,
     "backend.keyfile": 20,

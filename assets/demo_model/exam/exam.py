@@ -235,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", type=Path, default=HERE.parent, help="model folder")
     parser.add_argument("--questions", type=Path, default=QUESTIONS, help="file of JSON lines")
     parser.add_argument("--max-tokens", type=int, default=160, help="longest answer in tokens")
+    parser.add_argument("--reader", choices=["engine", "transformers"], default="engine")
     args = parser.parse_args(argv)
     try:
         if not (args.model / "config.json").is_file():
@@ -243,9 +244,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--max-tokens must be at least 1, not {args.max_tokens}.")
         questions = load_questions(args.questions)
         # Imported here, so that grading and its tests need no torch.
-        from assets.demo_model.exam.answer_by_transformers import TransformersReader
+        reader: Any
+        if args.reader == "engine":
+            from assets.demo_model.exam.answer_by_engine import EngineReader
 
-        reader = TransformersReader(args.model, max_tokens=args.max_tokens)
+            reader = EngineReader(args.model, max_tokens=args.max_tokens)
+        else:
+            from assets.demo_model.exam.answer_by_transformers import TransformersReader
+
+            reader = TransformersReader(args.model, max_tokens=args.max_tokens)
         verdicts = examine(questions, reader.answer_all)
     except UserError as error:
         print(error, file=sys.stderr)
