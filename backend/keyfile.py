@@ -40,7 +40,11 @@ def write_key(port: int, key: str) -> None:
     Raises:
         UserError: it cannot be stored where only this user reads it.
     """
-    path = key_path(port)
+    try:
+        path = key_path(port)
+    except RuntimeError:  # a container's user id without a name
+        raise UserError("The API key cannot be stored, because this user has no home directory.",
+                        "Give --api-keys yourself.") from None
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -60,14 +64,14 @@ def write_key(port: int, key: str) -> None:
 
 def read_key(port: int) -> str | None:
     """The key of this machine's server on `port`; None if there is none that can be trusted."""
-    path = key_path(port)
     try:
+        path = key_path(port)
         # Whoever may write to the directory could give another file of ours this name.
         if not _is_own(path.parent.lstat(), stat.S_IFDIR, 0o700):
             return None
         # Neither follow a link nor wait at a pipe that somebody left here.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
+    except (OSError, RuntimeError):  # see `write_key`
         return None
     with open(fd, "rb") as file:
         info = os.fstat(fd)

@@ -11,7 +11,8 @@ from backend.config import EngineConfig
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.launcher import Handle, ProcessHandle
 from backend.errors import UserError
-from backend.remote import RemoteChat, is_loopback_url, normalise_url
+from backend.remote import RemoteChat
+from backend.remote_http import is_loopback_url, normalise_url
 from backend.tokenizer import Tokenizer, sampling_defaults
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,18 @@ def test_what_belongs_to_another_user_is_not_used(
     monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
     assert keyfile.read_key(1) is None
     with pytest.raises(UserError, match="cannot be stored"):
+        keyfile.write_key(1, "sk-new")
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert keyfile.read_key(1) is None
+    with pytest.raises(UserError, match="no home directory. Give --api-keys"):
         keyfile.write_key(1, "sk-new")
 
 

@@ -7,14 +7,15 @@ import gzip
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backend import keyfile
+from backend import keyfile, remote, remote_http
 from backend.chat import Delta
 from backend.config import SamplingParams
 from backend.errors import (
@@ -26,77 +27,10 @@ from backend.errors import (
     UserError,
 )
 from backend.remote import RemoteChat
+from tests.stand_in import Answer, StandIn, events, failure, piece, send, send_json
 
 HI = [{"role": "user", "content": "hi"}]
 GREEDY = SamplingParams(temperature=0.0)
-Answer = Callable[[BaseHTTPRequestHandler], None]
-
-
-class StandIn:
-    """An HTTP server whose answers are functions, by path; remembers what it was sent."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, Answer] = {
-            "/v1/models": send_json(200, {"data": [{"id": "m1"}, {"id": "m2"}]})}
-        self.seen: list[tuple[str, dict[str, str], Any]] = []
-        stand_in = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                length = int(self.headers.get("content-length", 0))
-                body = json.loads(self.rfile.read(length)) if length else None
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                stand_in.seen.append((self.path, headers, body))
-                answer = stand_in.answers.get(self.path, send_json(404, {"detail": "Not Found"}))
-                try:
-                    answer(self)
-                except OSError:
-                    pass  # the client has hung up, as some tests want it to
-
-            do_POST = do_GET
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
-        self.thread.start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-    def chat(self, answer: Answer) -> None:
-        self.answers["/v1/chat/completions"] = answer
-
-
-def send(status: int, kind: str, body: bytes, **headers: str) -> Answer:
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(status)
-        for name, value in {"Content-Type": kind, **headers}.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(body)
-    return answer
-
-
-def send_json(status: int, value: Any) -> Answer:
-    return send(status, "application/json", json.dumps(value).encode())
-
-
-def failure(status: int, message: str, code: str | None = None) -> Answer:
-    return send_json(status, {"error": {"message": message, "code": code}})
-
-
-def events(*values: Any) -> Answer:
-    lines = [v if isinstance(v, str) else json.dumps(v) for v in values]
-    return send(200, "text/event-stream", "".join(f"data: {v}\n\n" for v in lines).encode())
-
-
-def piece(text: Any, reason: Any = None) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": reason}]}
 
 
 @pytest.fixture
@@ -234,6 +168,49 @@ def test_dead_server() -> None:
         assert status.state == "unreachable" and url in status.detail
 
 
+def test_silence_and_a_server_that_does_not_take_connections(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_http, "IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(remote_http, "CONNECT_SECONDS", 0.1)
+    never = threading.Event()
+    server.chat(lambda handler: bool(never.wait(20)))
+    refused(server, RemoteError, f"{server.url} has gone silent")
+    never.set()
+    with socket.socket() as deaf, ExitStack() as queue:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for _ in range(4):  # nobody takes these, so that there is no place for one more
+            waiting = queue.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+        with pytest.raises(RemoteError, match="No api_server answers"):
+            asyncio.run(RemoteChat(f"http://127.0.0.1:{deaf.getsockname()[1]}").models())
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions"])
+def test_endless_answers_end(
+    path: str, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events without end: of a reply, as long as it is one; and where no events belong."""
+    monkeypatch.setattr(remote, "MAX_REPLY_CHARS", 1 << 21)
+    event = b"data: " + json.dumps(piece("x" * 1000)).encode() + b"\n\n"
+    hung_up = threading.Event()
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        try:
+            send(200, "text/event-stream", b"")(handler)
+            while True:
+                handler.wfile.write(event)
+        except OSError:
+            hung_up.set()
+
+    server.answers[path] = answer
+    with pytest.raises(RemoteError, match="does not end. Set max_tokens|too much at once"):
+        reply(RemoteChat(server.url))
+    assert hung_up.wait(20)
+
+
 def test_many_events_in_small_pieces_are_no_flood(server: StandIn) -> None:
     """The bound is for one event: a long reply passes, wherever its chunks are cut."""
     def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -345,6 +322,16 @@ def test_status(server: StandIn) -> None:
     server.answers["/health"] = send_json(200, {})
     now[0] = 8
     assert state() == ("ready", "m1", "")
+
+
+def test_pages_that_poll_together_ask_once(server: StandIn) -> None:
+    async def poll() -> None:
+        chat = RemoteChat(server.url)
+        first, *others = await asyncio.gather(*(chat.status() for _ in range(20)))
+        assert all(status is first for status in others)
+
+    asyncio.run(poll())
+    assert [path for path, _, _ in server.seen] == ["/v1/models", "/api/status", "/health"]
 
 
 def test_key_file_is_for_servers_on_this_machine(server: StandIn) -> None:
