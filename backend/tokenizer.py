@@ -231,6 +231,8 @@ def sampling_defaults(folder: str | Path) -> dict[str, float]:
 
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, not a model.", "Name the folder that it lies in.")
     if not folder.is_dir():
         raise UserError(f"There is no model folder {folder}.", "Check the path.")
     path = folder / "tokenizer.json"

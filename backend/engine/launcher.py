@@ -45,6 +45,7 @@ class ProcessHandle:
             pass_fds=[fd],
             stdin=subprocess.DEVNULL,
             cwd=PROJECT,
+            process_group=0,  # a terminal's Ctrl-C is not for the engine
         )
         theirs.close()
         self.pid = self._process.pid

@@ -156,6 +156,7 @@ async def serve_forever(
             server.should_exit = True
             raise
 
+    await asyncio.sleep(0)  # Ctrl-C while the page was being built ends here, not amid the start
     announcing = asyncio.create_task(announce())
     await server.serve(sockets=[sock])
     if announcing.done():
