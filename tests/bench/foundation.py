@@ -60,11 +60,12 @@ def run_engine(engine: Engine, batch: list[list[int]], tokens: int) -> None:
         engine.step()
 
 
-def against_transformers(model: Path, tokens: int) -> list[Row]:
+def against_transformers(model: Path, tokens: int, dtype: str) -> list[Row]:
     """Greedy, the same prompts, prefill included, prefix cache off; both in the same dtype."""
     from transformers import AutoModelForCausalLM
 
-    engine = build_engine(EngineConfig(model=str(model), enable_prefix_caching=False))
+    config = EngineConfig(model=str(model), dtype=dtype, enable_prefix_caching=False)
+    engine = build_engine(config)
     dtype = engine.runner.info.dtype
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
     rows = []
@@ -169,7 +170,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["transformers", "own", "start"])
     args = parser.parse_args()
     parts = {
-        "transformers": lambda: against_transformers(args.model, args.tokens),
+        "transformers": lambda: [
+            row
+            for dtype in ("auto", "float32")
+            for row in against_transformers(args.model, args.tokens, dtype)
+        ],
         "own": lambda: own_cost(args.tokens),
         "start": first_answer,
     }
