@@ -36,11 +36,13 @@ async def chat(
 
     Raises:
         KeyboardInterrupt: Ctrl-C at the prompt.
+        UserError: the output cannot be written to.
     """
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        console = _Console(backend, sampling, system, stdin or sys.stdin, stdout or sys.stdout)
+        given = stdin or sys.stdin or io.StringIO()  # a closed input is one that ends at once
+        console = _Console(backend, sampling, system, given, stdout or sys.stdout)
         await console.run()
     finally:
         signal.signal(signal.SIGINT, before)
@@ -154,8 +156,11 @@ class _Console:
         self.write(begin + (f"\x1b[2m{text}\x1b[0m\n" if self.at_terminal else f"{text}\n"))
 
     def write(self, text: str) -> None:
-        self.stdout.write(text)
-        self.stdout.flush()
+        try:
+            self.stdout.write(text)
+            self.stdout.flush()
+        except OSError as error:  # a full disk, or a reader such as `head` that has gone
+            raise UserError(f"The chat cannot be written out: {error.strerror}.") from error
 
 
 def describe(stats: ReplyStats) -> str:

@@ -20,7 +20,7 @@ from backend.config import EngineConfig, SamplingParams
 from backend.console import chat
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.launcher import ProcessHandle
-from backend.errors import ContextLengthError, EngineNotReadyError
+from backend.errors import ContextLengthError, EngineNotReadyError, UserError
 from tests.server.support import LastMessage, byte_tokenizer
 
 STATS = ReplyStats(12, 34, 5, 0.125, 56.78)
@@ -220,6 +220,19 @@ def test_an_engine_that_dies_while_the_user_types_is_back_by_itself() -> None:
     assert (lines[0], lines[-1]) == ("hello", "again") and lines[1].startswith("The engine ")
 
 
+def test_closed_input_and_broken_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdin", None)
+    asyncio.run(chat(Backend(), SAMPLING, stdout=io.StringIO()))
+    backend = Backend(["A", "B"])
+    with pytest.raises(UserError, match="cannot be written out: Broken pipe."):
+        asyncio.run(chat(backend, SAMPLING, stdin=io.StringIO("hi\n\n"), stdout=Broken()))
+    assert backend.closed == 1
+
+
 SESSION = """
 import asyncio, sys
 from backend.console import chat
@@ -259,6 +272,17 @@ def test_at_a_real_terminal() -> None:
     os.write(terminal, b"more\r\r")
     wait_for(b"Again\r\n\x1b[2m[prompt 12 tokens")
     wait_for(b"double enter to end input >>> ")
+
+    def ended() -> bool:
+        while select.select([terminal], [], [], 10)[0]:
+            try:
+                os.read(terminal, 4096)
+            except OSError:  # nobody is at its other end
+                return True
+        return False
+
     os.write(terminal, b"\x03")
+    while not ended():  # Python's input() misses a signal in the instant before it begins to wait
+        os.write(terminal, b"\x03")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
-    os.close(terminal)  # left open until here: its end would end the session, if a check failed
+    os.close(terminal)
