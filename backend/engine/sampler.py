@@ -1,7 +1,6 @@
 """Draw the next tokens from logits.
 
-Order: logit bias and banned stops, penalties, then temperature, top-k, top-p, min-p, as in Hugging
-Face's generate. A token is drawn by one uniform number per sequence from the sequence's own
+Order: penalties, logit bias, banned stops, then temperature, top-k, top-p, min-p. A token is drawn by one uniform number per sequence from the sequence's own
 generator (inverse of the cumulative distribution), so that a seed gives the same reply in any
 batch. Log-probabilities reported are the model's own, before all of this.
 """
@@ -21,6 +20,7 @@ from backend.engine.types import SampledToken, Sequence, TokenLogprob
 FIRST_CANDIDATES = 256
 
 
+@torch.inference_mode()  # which the logits come from: only there may they be changed in place
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
     """One token for each row.
 
@@ -90,7 +90,8 @@ def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -
     def column(values: Iterable[float]) -> Tensor:
         return torch.tensor([[v] for v in values], device=logits.device, dtype=torch.float32)
 
-    temperature = column(p.temperature for p in params)
+    # What float32 cannot hold would be 0, and divide nothing by nothing.
+    temperature = column(max(p.temperature, 1e-30) for p in params)
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
     probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     uniform = torch.tensor(uniforms, device=logits.device, dtype=torch.float64).unsqueeze(1)

@@ -168,5 +168,23 @@ def test_damaged_logits_fail_alone(temperature, damage):
     assert bad.token_id == -1 and 0 <= good.token_id < 8
 
 
-def test_tiny_temperature_is_greedy():
-    assert drawn_distribution(torch.tensor([1.0, 1.001, 0.0]), temperature=1e-5)[1] == 1.0
+@pytest.mark.parametrize("temperature", [1e-5, 1e-40, 1e-300])
+def test_tiny_temperature_is_greedy(temperature):
+    assert drawn_distribution(torch.tensor([1.0, 1.001, 0.0]), temperature=temperature)[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        dict(repetition_penalty=1.5),
+        dict(presence_penalty=1.0),
+        dict(frequency_penalty=1.0),
+        dict(logit_bias={1: 2.0}),
+        dict(min_tokens=5),
+    ],
+)
+def test_logits_of_a_model_can_be_adjusted(sampling):
+    with torch.inference_mode():  # as the model runner makes them
+        logits = torch.zeros(1, 4)
+    seq = sequence(reply=(1,), temperature=1.0, **sampling)
+    assert 0 <= sampler.sample(logits, [seq])[0].token_id < 4
