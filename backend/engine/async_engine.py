@@ -58,6 +58,7 @@ class AsyncEngine:
         self._handle: Handle | None = None
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._streams: dict[str, asyncio.Queue[StepOutput | UserError]] = {}
+        self._abort_unanswered = False
         self._last_step = 0.0
         self._longest_step_s = 0.0
         self._deaths: deque[float] = deque(maxlen=len(RESTART_DELAYS_S))
@@ -81,13 +82,15 @@ class AsyncEngine:
             UserError: it cannot be loaded; says why.
         """
         await self._settled.wait()
-        if self.info is None:
+        if self.state == "failed" or self.info is None:
             raise UserError(self.detail)
         return self.info
 
     async def stop(self) -> None:
-        """End the engine; open requests end in an error."""
+        """End the engine; open requests end in an error, and new ones are refused."""
         self._stopping = True
+        self.state, self.detail = "failed", "The engine was stopped."
+        self._settled.set()
         if self._restart:
             self._restart.cancel()
         self._fail_streams()
@@ -105,14 +108,17 @@ class AsyncEngine:
             EngineNotReadyError: nothing yet, or not at the moment.
         """
         if self.state != "ready" or self.info is None:
-            raise EngineNotReadyError(self.detail, "Try again in a moment.")
+            # What has failed stays so.
+            hint = "Start the server again." if self.state == "failed" else "Try again in a moment."
+            raise EngineNotReadyError(self.detail, hint)
         return self.info
 
     def healthy(self) -> bool:
-        """True while ready and idle, or while steps progress."""
+        """True while ready and idle, or while steps progress. Who has gone away is still waited
+        for: an engine that hangs is no better once its clients have given up."""
         if self.state != "ready":
             return False
-        if not self._streams:
+        if not self._streams and not self._abort_unanswered:
             return True
         limit = self._stall_limit_s + 3 * self._longest_step_s
         return self._clock() - self._last_step < limit
@@ -126,7 +132,7 @@ class AsyncEngine:
         """
         self.require_ready()
         stream: asyncio.Queue[StepOutput | UserError] = asyncio.Queue()
-        if not self._streams:
+        if not self._streams and not self._abort_unanswered:
             self._last_step = self._clock()
         self._streams[request.request_id] = stream
         self._send(messages.AddRequest(request))
@@ -141,6 +147,7 @@ class AsyncEngine:
         finally:
             # Still listed: it was not the engine that ended it.
             if self._streams.pop(request.request_id, None) is not None:
+                self._abort_unanswered = True
                 self._send(messages.AbortRequest(request.request_id))
 
     def _begin(self) -> None:
@@ -178,6 +185,7 @@ class AsyncEngine:
         elif isinstance(event, messages.Ready):
             self.info, self.state, self.detail = event.info, "ready", ""
             self._longest_step_s = 0.0
+            self._abort_unanswered = False
             self._settled.set()
         else:
             self.state, self.detail = "failed", f"{event.message} {event.hint}".strip()
@@ -187,6 +195,7 @@ class AsyncEngine:
         now = self._clock()
         self._longest_step_s = max(self._longest_step_s, now - self._last_step)
         self._last_step = now
+        self._abort_unanswered = False
         self.stats = event.stats
         for output in event.outputs:
             stream = self._streams.get(output.request_id)
@@ -227,11 +236,16 @@ class AsyncEngine:
             return
         log.error("The engine (process %s) died; starting it again.", self._handle.pid)
         self.state, self.detail = "restarting", "The engine died and is being started again."
+        self._settled.clear()
         self._restart = self._loop.create_task(self._begin_later(RESTART_DELAYS_S[recent]))
 
     async def _begin_later(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        self._begin()
+        try:
+            self._begin()
+        except OSError:  # no memory or no descriptor for a process: as if it had died at once
+            log.exception("The engine's process cannot be started")
+            self._on_death(self.epoch)
 
 
 def _write(connection: Connection, outbox: queue.SimpleQueue[bytes | None]) -> None:

@@ -1,8 +1,9 @@
 """Draw the next tokens from logits.
 
-Order: penalties, logit bias, banned stops, then temperature, top-k, top-p, min-p. A token is drawn by one uniform number per sequence from the sequence's own
-generator (inverse of the cumulative distribution), so that a seed gives the same reply in any
-batch. Log-probabilities reported are the model's own, before all of this.
+Order: penalties, logit bias, banned stops, then temperature, top-k, top-p, min-p. A token is drawn
+by one uniform number per sequence from the sequence's own generator (inverse of the cumulative
+distribution), so that a seed gives the same reply in any batch. Log-probabilities reported are the
+model's own, before all of this.
 """
 
 from __future__ import annotations

@@ -125,6 +125,8 @@ def test_dying_again_and_again_gives_up(monkeypatch):
         with pytest.raises(UserError, match="died"):
             await engine.wait_ready()
         assert engine.state == "failed" and not engine.healthy()
+        with pytest.raises(EngineNotReadyError, match="died .* Start the server again"):
+            engine.require_ready()
         await engine.stop()
 
     run(test)
@@ -153,6 +155,71 @@ def test_a_hanging_engine_is_not_healthy_until_it_goes_on():
             gate.set()
             assert await task == [EOS]
             assert engine.healthy()
+
+    run(test)
+
+
+def test_a_hanging_engine_is_not_healthy_because_its_clients_gave_up():
+    async def test():
+        now, gate = [0.0], threading.Event()
+
+        def build(config: EngineConfig) -> Engine:
+            def next_token(seq: Sequence) -> int:
+                assert gate.wait(60)
+                return EOS
+
+            return Engine(FakeRunner(fake_info(), next_token))
+
+        async with running(partial(ThreadHandle, build), clock=lambda: now[0]) as engine:
+            task = asyncio.create_task(reply(engine, request("a", [7])))
+            await asyncio.sleep(0)  # the request is on its way
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert engine.healthy()
+            now[0] = 31.0
+            assert not engine.healthy()
+            task = asyncio.create_task(reply(engine, request("b", [7])))
+            await asyncio.sleep(0)
+            assert not engine.healthy()  # someone new does not make it so
+            gate.set()
+            assert await task == [EOS]
+            await eventually(engine.healthy)
+
+    run(test)
+
+
+def test_a_restart_that_cannot_even_begin_is_tried_again(monkeypatch):
+    monkeypatch.setattr("backend.engine.async_engine.RESTART_DELAYS_S", (0.0,) * 5)
+
+    async def test():
+        failures = [OSError("no memory")] * 2
+
+        def launch():
+            if engine.epoch > 1 and failures:
+                raise failures.pop()
+            return INLINE() if engine.epoch > 1 else CHILD()
+
+        engine = AsyncEngine(EngineConfig(model="fake"), launch)
+        await engine.start()
+        await engine.wait_ready()
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        await eventually(lambda: engine.state == "restarting")
+        await engine.wait_ready()  # waits for the new one
+        assert engine.state == "ready" and not failures
+        assert await reply(engine, request("again", [1])) == [1, EOS]
+        await engine.stop()
+
+    run(test)
+
+
+def test_after_stop_requests_are_refused_at_once():
+    async def test():
+        async with running(INLINE) as engine:
+            pass
+        assert not engine.healthy()
+        with pytest.raises(EngineNotReadyError, match="stopped. Start the server again."):
+            await reply(engine, request("late", [1]))
 
     run(test)
 
