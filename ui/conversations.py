@@ -120,6 +120,8 @@ class ConversationStore:
             raise UserError(t("error.no_conversation"))
         conversation = self._conversations.setdefault(conversation_id, Conversation())
         self._conversations.move_to_end(conversation_id)
+        if len(self) > self.max_conversations:  # pages that are opened and never asked anything
+            self.trim()
         return conversation
 
     def trim(self) -> None:
