@@ -76,7 +76,8 @@ class Engine:
                 token_ids=list(prompt),
                 stop_ids=frozenset((*sampling.stop_token_ids, *eos)),
                 max_tokens=min(sampling.max_tokens or room, room),
-                random=random.Random(seed),
+                # random.Random takes a number and its negative for the same.
+                random=random.Random(seed % (1 << 64)),
             )
         )
 
