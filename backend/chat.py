@@ -237,15 +237,17 @@ class ChatService:
 
     def _delta(self, output: StepOutput, text: Detokenizer) -> Delta:
         if output.finish_reason == "error":
-            raise UserError(output.error)
+            error = UserError(output.error)
+            error.status, error.code = 500, "engine_error"  # `_fit` let it in; no client can help it
+            raise error
         ids = output.token_ids
         stopped = output.finish_reason == "stop"
         piece = text.add(ids[:-1] if stopped else ids)
         reason = output.finish_reason if output.finish_reason in ("stop", "length") else None
-        if text.stopped is not None:
-            reason = "stop"
-        elif reason:
+        if reason and text.stopped is None:
             piece += text.finish()
+        if text.stopped is not None:  # by `finish` too, if a longer stop string stayed incomplete
+            reason = "stop"
         logprobs = None
         if output.logprobs is not None:
             shown = output.logprobs[:-1] if stopped else output.logprobs

@@ -157,7 +157,10 @@ class Scheduler:
         reason: FinishReason | None = None
         if drawn.token_id < 0:
             output.token_ids, output.logprobs, reason = [], None, "error"
-            output.error = "The model's output is not a number: its weights are damaged."
+            output.error = (
+                "The model's output is not a number: its number format is too narrow for it (try "
+                "--dtype bfloat16 or float32), or its weights are damaged."
+            )
         else:
             seq.token_ids.append(drawn.token_id)
             if drawn.token_id in seq.stop_ids and seq.num_output_tokens > (

@@ -57,7 +57,8 @@ class Script:
     """What the model says, by the beginning of the prompt.
 
     random: 20 letters by the request's seed. endless: never ends. crash: fails after three tokens.
-    slow: as anything else, but the step waits while the engine is `held`. All else is echoed.
+    slow: as anything else, but the step waits while the engine is `held`. damaged: what comes is
+    not a number. All else is echoed.
     """
 
     def __init__(self) -> None:
@@ -82,6 +83,8 @@ class Script:
             return ord("a") + at % 26
         if prompt.startswith(b"crash") and at == 3:
             raise RuntimeError("the script says so")
+        if prompt.startswith(b"damaged"):
+            return -1
         if prompt.startswith(b"slow"):
             self._go.wait()
         return prompt[at] if at < len(prompt) else EOS

@@ -124,6 +124,12 @@ def test_n_replies_differ_by_seed_and_are_repeatable(served: Served, stream: boo
     assert second == first[1]
 
 
+def test_a_seed_and_its_negative_differ(served: Served):
+    reply = served.client().chat.completions.create(
+        model=NAME, messages=user("random"), n=3, seed=-1)  # these are -1, 0 and 1
+    assert len({choice.message.content for choice in reply.choices}) == 3
+
+
 def test_the_largest_seed_has_neighbours_too(served: Served):
     reply = served.client().chat.completions.create(
         model=NAME, messages=user("random"), n=2, seed=(1 << 63) - 1)
@@ -138,6 +144,19 @@ def test_stop_strings_never_show(served: Served, stop):
     assert reply.choices[0].finish_reason == "stop"
     assert stream_text(client.chat.completions.create(
         model=NAME, messages=user("hello world"), stop=stop, stream=True)) == {0: "hel"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_that_the_length_limit_brings_out(served: Served, stream: bool):
+    """ "lo there" might still come, and it begins before "o"; then the limit ends the reply."""
+    client = served.client()
+    reply = client.chat.completions.create(
+        model=NAME, messages=user("hello world"), stop=["lo there", "o"], max_tokens=6,
+        stream=stream)
+    choices = [c for chunk in reply for c in chunk.choices] if stream else reply.choices
+    assert choices[-1].finish_reason == "stop"
+    text = "".join((c.delta if stream else c.message).content or "" for c in choices)
+    assert text == "hell"
 
 
 def test_stop_false_means_none(served: Served):

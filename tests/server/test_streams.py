@@ -114,6 +114,17 @@ def test_an_engine_that_dies_on_the_way_ends_the_stream_with_an_error():
         served.assert_all_ended()
 
 
+def test_a_model_that_draws_no_number_is_the_servers_fault(served: Served):
+    with served.http() as http:
+        answer = http.post(CHAT, json=body("damaged"))
+        assert answer.status_code == 500
+        error = answer.json()["error"]
+        assert error["code"] == "engine_error" and error["type"] == "server_error"
+        assert "--dtype bfloat16" in error["message"]
+        assert http.post(CHAT, json=body("hi")).status_code == 200
+    served.assert_all_ended()
+
+
 def test_a_bug_is_told_by_a_number_and_logged(served: Served, monkeypatch, caplog):
     async def broken(*args, **options):
         yield (await anext(stream_ids(*args, **options)))
