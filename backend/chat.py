@@ -238,7 +238,7 @@ class ChatService:
     def _delta(self, output: StepOutput, text: Detokenizer) -> Delta:
         if output.finish_reason == "error":
             error = UserError(output.error)
-            error.status, error.code = 500, "engine_error"  # `_fit` let it in; no client can help it
+            error.status, error.code = 500, "engine_error"  # `_fit` let it in: not the client's
             raise error
         ids = output.token_ids
         stopped = output.finish_reason == "stop"
