@@ -46,9 +46,9 @@ class AppProcess:
             lines.append(line)
         self._too_long.cancel()
         text = "".join(lines)
-        found = re.search(r"http://127\.0\.0\.1:\d+", text)
+        found = re.search(r"(?:Page|API) +(http://127\.0\.0\.1:\d+)", text)
         assert found, text
-        self.url = found[0]
+        self.url = found[1]
         return text
 
     def family(self) -> list[psutil.Process]:
