@@ -37,11 +37,11 @@ class Handle(Protocol):
 class ProcessHandle:
     """An engine in a child process, which ends when our end of the pipe closes."""
 
-    def __init__(self, command: Sequence[str] = WORKER, arguments: Sequence[str] = ()) -> None:
+    def __init__(self, command: Sequence[str] = WORKER) -> None:
         self.connection, theirs = Pipe()
         fd = theirs.fileno()
         self._process = subprocess.Popen(
-            [*command, str(fd), *arguments],
+            [*command, str(fd)],
             pass_fds=[fd],
             stdin=subprocess.DEVNULL,
             cwd=PROJECT,
@@ -75,11 +75,13 @@ class ThreadHandle:
 
     @staticmethod
     def _run(connection: Connection, build: Callable[[EngineConfig], object] | None) -> None:
-        from backend.engine import worker
+        from backend.engine import messages, worker
 
         try:
             with connection:
-                worker.serve(connection, build or worker.build_engine)  # type: ignore[arg-type]
+                start = messages.decode_command(connection.recv_bytes())
+                assert isinstance(start, messages.Start)
+                worker.serve(connection, start, build or worker.build_engine)  # type: ignore[arg-type]
         except (EOFError, OSError):
             pass  # the other end closed: nobody needs this engine any more
         except Exception:

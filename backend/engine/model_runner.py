@@ -135,6 +135,8 @@ class ModelRunner:
         block_bytes = per_token * self.block_size
         longest = config.session_len or model_config.max_position_embeddings
         count, free = config.cache_max_entry_count, _free_memory(self.device)
+        if self.device.type == "cpu":
+            free //= config.tp  # the ranks share one machine's memory
         if count >= 1:
             num_blocks = int(count)
             if num_blocks * block_bytes > free:

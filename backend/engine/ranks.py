@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -28,27 +30,46 @@ class RankGroup:
     processes: list[ProcessHandle] = field(default_factory=list)
 
 
-def start_ranks(config: EngineConfig, on_death: Callable[[], None] | None) -> RankGroup:
-    """Start ranks 1 ... tp-1; `on_death` is called (from a thread) when one of them ends."""
+def start_ranks(
+    config: EngineConfig, on_death: Callable[[UserError | None], None] | None
+) -> RankGroup:
+    """Start ranks 1 ... tp-1.
+
+    `on_death` is called (from a thread) when one of them ends, or with the reason when it cannot
+    load its part of the model.
+    """
     group = RankGroup()
     if config.tp == 1:
         return group
     # In a directory of mode 0700, so that nobody else can join.
-    group.rendezvous = os.path.join(tempfile.mkdtemp(prefix="lmdesk-"), "rendezvous")
+    directory = tempfile.mkdtemp(prefix="lmdesk-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    group.rendezvous = os.path.join(directory, "rendezvous")
     for rank in range(1, config.tp):
-        process = ProcessHandle(arguments=("rank",))
+        process = ProcessHandle()
         start = messages.StartRank(config, rank, group.rendezvous)
         process.connection.send_bytes(messages.encode(start))
         group.connections.append(process.connection)
         group.processes.append(process)
         if on_death is not None:
-            threading.Thread(target=_watch, args=(process, on_death), daemon=True).start()
+            watched = (process.connection, on_death)
+            threading.Thread(target=_watch, args=watched, daemon=True).start()
     return group
 
 
-def _watch(process: ProcessHandle, on_death: Callable[[], None]) -> None:
-    process.wait()
-    on_death()
+def _watch(connection: Connection, on_death: Callable[[UserError | None], None]) -> None:
+    reason: UserError | None = None
+    try:
+        # In pieces, because a pipe that is being waited for stays open when rank 0 closes it.
+        while not connection.poll(1.0):
+            pass
+        failed = messages.decode_event(connection.recv_bytes())
+        assert isinstance(failed, messages.LoadFailed)  # else a rank says nothing
+        reason = UserError(failed.message, failed.hint)
+    except (EOFError, OSError):
+        if connection.closed:  # by rank 0 itself, which has let the ranks go
+            return
+    on_death(reason)
 
 
 def join_group(config: EngineConfig, rank: int, rendezvous: str) -> ParallelContext:

@@ -13,6 +13,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 
 from backend.config import EngineConfig
@@ -21,18 +23,15 @@ from backend.engine.engine import Engine
 from backend.engine.types import StepOutput
 from backend.errors import UserError
 
-log = logging.getLogger(__name__)
 
-
-def serve(connection: Connection, build: Callable[[EngineConfig], Engine]) -> None:
-    """Build the engine that the first message asks for, and run it until the pipe closes."""
-    start = messages.decode_command(connection.recv_bytes())
-    assert isinstance(start, messages.Start)
+def serve(
+    connection: Connection, start: messages.Start, build: Callable[[EngineConfig], Engine]
+) -> None:
+    """Build the engine that `start` asks for, and run it until the pipe closes."""
     try:
         engine = build(start.config)
     except UserError as error:
-        failed = messages.LoadFailed(start.epoch, error.message, error.hint)
-        connection.send_bytes(messages.encode(failed))
+        _send_failure(connection, start.epoch, error)
         return
     connection.send_bytes(messages.encode(messages.Ready(start.epoch, engine.runner.info)))
     try:
@@ -42,6 +41,10 @@ def serve(connection: Connection, build: Callable[[EngineConfig], Engine]) -> No
             connection.send_bytes(messages.encode(event))
     finally:
         engine.runner.close()
+
+
+def _send_failure(connection: Connection, epoch: int, error: UserError) -> None:
+    connection.send_bytes(messages.encode(messages.LoadFailed(epoch, error.message, error.hint)))
 
 
 def _obey(engine: Engine, connection: Connection) -> list[StepOutput] | None:
@@ -67,8 +70,13 @@ def _obey(engine: Engine, connection: Connection) -> list[StepOutput] | None:
     return refused
 
 
-def build_engine(config: EngineConfig, on_rank_death: Callable[[], None] | None = None) -> Engine:
-    """The real thing: load the model (and start its further ranks) as `config` says."""
+def build_engine(
+    config: EngineConfig, on_rank_death: Callable[[UserError | None], None] | None = None
+) -> Engine:
+    """The real thing: load the model (and start its further ranks) as `config` says.
+
+    `on_rank_death` as in `start_ranks`.
+    """
     from backend.engine.model_runner import ModelRunner
     from backend.engine.ranks import join_group, start_ranks
     from backend.layers.parallel import ParallelContext
@@ -90,7 +98,13 @@ def compute(connection: Connection, start: messages.StartRank) -> None:
     from backend.engine.model_runner import ModelRunner
     from backend.engine.ranks import join_group
 
-    runner = ModelRunner(start.config, join_group(start.config, start.rank, start.rendezvous))
+    try:
+        runner = ModelRunner(start.config, join_group(start.config, start.rank, start.rendezvous))
+    except UserError as error:
+        _send_failure(connection, 0, error)
+        # Were we gone before that is read, rank 0 would fail in a collective and not know why.
+        connection.poll(5.0)
+        return
     while True:
         runner.forward(messages.decode_step_input(connection.recv_bytes()))
 
@@ -104,19 +118,25 @@ def main(argv: list[str], build: Callable[[EngineConfig], Engine] | None = None)
     os.set_inheritable(fd, False)
     connection = Connection(fd)
     try:
-        if len(argv) > 1:
-            start = messages.decode_command(connection.recv_bytes())
-            assert isinstance(start, messages.StartRank)
+        start = messages.decode_command(connection.recv_bytes())
+        if isinstance(start, messages.StartRank):
             compute(connection, start)
         else:
-            # A rank that is gone leaves its peers waiting in a collective: die, to be restarted.
-            serve(connection, build or (lambda config: build_engine(config, lambda: os._exit(1))))
+            assert isinstance(start, messages.Start)
+            die = partial(_die_with_rank, connection, start.epoch)
+            serve(connection, start, build or partial(build_engine, on_rank_death=die))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # who started us is gone
-    except UserError as error:  # of a further rank; `serve` hands on those of rank 0
-        log.error("%s", error)
-        return 1
     return 0
+
+
+def _die_with_rank(connection: Connection, epoch: int, error: UserError | None) -> None:
+    """A rank that is gone leaves its peers waiting in a collective: die, to be restarted; or, if
+    it could not load the model, not to be."""
+    if error is not None:
+        with suppress(OSError):  # who started us is gone
+            _send_failure(connection, epoch, error)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from backend.config import EngineConfig, SamplingParams
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.engine import Engine
+from backend.engine.model_runner import ModelRunner
 from backend.engine.types import Request
 from backend.engine.worker import build_engine
+from backend.errors import UserError
+from backend.layers.parallel import ParallelContext
 from tests.tiny_model import FAMILIES, make_checkpoint
 
 TOKENS = 24
@@ -137,8 +141,43 @@ def test_joining_and_leaving(checkpoint, expected):
     assert [replies[i] for i in range(len(expected))] == expected
 
 
-def test_two_ranks(checkpoint, expected):
+def test_a_further_rank_that_cannot_load_says_why(tmp_path):
+    """Told once, as rank 0's own words are, instead of dying and being started over and over."""
+    make_checkpoint(tmp_path, "qwen2")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"][-1] = torch.nan  # a row that only rank 1 reads
+    save_file(weights, tmp_path / "model.safetensors")
+
+    async def test() -> AsyncEngine:
+        engine = AsyncEngine(EngineConfig(model=str(tmp_path), device="cpu", tp=2))
+        await engine.start()
+        try:
+            with pytest.raises(UserError, match="lm_head.weight contains NaN"):
+                await engine.wait_ready()
+        finally:
+            await engine.stop()
+        return engine
+
+    assert asyncio.run(asyncio.wait_for(test(), 120)).epoch == 1
+
+
+def test_ranks_on_a_cpu_share_its_memory(checkpoint, monkeypatch):
+    class Two(ParallelContext):
+        """The first of two ranks, alone."""
+
+        def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, x], dim=-1)
+
+    monkeypatch.setattr("backend.engine.model_runner._free_memory", lambda device: 1 << 20)
+    config = EngineConfig(model=str(checkpoint), dtype="float32", device="cpu", tp=2)
+    info = ModelRunner(config, Two(0, 2)).info
+    pool = info.num_blocks * info.block_size * info.kv_bytes_per_token
+    assert (1 << 19) < pool <= 0.8 * (1 << 20)
+
+
+def test_two_ranks(checkpoint, expected, tmp_path, monkeypatch):
     """tp 2: two processes over gloo, each with half of the heads."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
     async def test() -> list[list[int]]:
         config = EngineConfig(
@@ -158,3 +197,4 @@ def test_two_ranks(checkpoint, expected):
             await engine.stop()
 
     assert asyncio.run(asyncio.wait_for(test(), 300)) == expected
+    assert not list(tmp_path.iterdir()), "the ranks' meeting place was left behind"
