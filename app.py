@@ -146,7 +146,12 @@ async def serve(services: Services, server: ServerConfig, fixed_port: bool, with
         if services.local is None:
             app = base_app(services.chat, server, lambda: "")
         else:
-            app = create_app(services.local, server, sampling_defaults=services.sampling_defaults)
+            app = create_app(
+                services.local,
+                server,
+                sampling_defaults=services.sampling_defaults,
+                docs_at_root=not with_page,
+            )
         if with_page:
             from ui.build import mount_page
 

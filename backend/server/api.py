@@ -66,6 +66,7 @@ def create_app(
     *,
     sampling_defaults: Mapping[str, Any] | None = None,
     admission: Admission | None = None,
+    docs_at_root: bool = False,
 ) -> FastAPI:
     """The application over an engine of our own.
 
@@ -75,6 +76,8 @@ def create_app(
         sampling_defaults: the model's own defaults (generation_config.json), fields of
             `SamplingParams`.
         admission: how much work may be open at a time; by default with the usual `Limits`.
+        docs_at_root: the API page at "/" too, where the tutorials' users look for it; not for an
+            application that gets the page there.
 
     Raises:
         UserError: the server would be open to others without a key.
@@ -104,7 +107,8 @@ def create_app(
     app.add_api_route("/v1/completions", routes.completions, methods=["POST"],
                       openapi_extra=body_schema(protocol.CompletionRequest))
     app.add_api_route("/metrics", metrics_text, methods=["GET"])
-    app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
+    for path in ("/docs", "/") if docs_at_root else ("/docs",):
+        app.add_api_route(path, docs, methods=["GET"], include_in_schema=False)
     schema = openapi_schema(app.routes)
 
     async def openapi(request: Request) -> Response:

@@ -116,7 +116,7 @@ class Served:
             self.engine, byte_tokenizer(), LastMessage(), NAME)  # type: ignore[arg-type]
         self.app = create_app(
             self.chat, config, admission=self.admission,
-            sampling_defaults={"temperature": 0.5})
+            sampling_defaults={"temperature": 0.5}, docs_at_root=True)
         self.loop = asyncio.new_event_loop()
         self.server = uvicorn.Server(uvicorn.Config(
             self.app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))

@@ -145,6 +145,7 @@ class Outside(HTMLParser):
 def test_the_api_page_is_complete_and_needs_nothing_else(served: Served):
     with served.http() as http:
         reply = http.get("/docs")
+        assert http.get("/").text == reply.text  # of a server without the page
     assert reply.headers["content-type"].startswith("text/html")
     page = Outside()
     page.feed(reply.text)
