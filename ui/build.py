@@ -38,6 +38,7 @@ def mount_page(app: FastAPI, services: Services, root_path: str = "") -> FastAPI
         root_path=root_path or None,
         run_history=False,  # would keep API keys in the browser's storage, readable
         show_error=False,
+        max_file_size=1,  # the page takes no files, but Gradio's upload route is there all the same
         ssr_mode=False,
         mcp_server=False,
         footer_links=[],

@@ -1,0 +1,24 @@
+"""What Gradio serves beside the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from backend.config import ServerConfig
+from backend.server.api import base_app
+from backend.services import remote_services
+from ui.build import mount_page
+
+
+def test_nobody_can_fill_the_disk_with_uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    services = remote_services("http://127.0.0.1:1")
+    app = mount_page(base_app(services.chat, ServerConfig(), lambda: ""), services)
+    with TestClient(app, base_url="http://127.0.0.1:6006") as client:
+        for route in ("/gradio_api/upload", "/upload"):
+            answer = client.post(route, files={"files": ("x.bin", b"a" * 1_000_000)})
+            assert answer.status_code >= 400
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 10
