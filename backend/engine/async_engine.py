@@ -187,6 +187,10 @@ class AsyncEngine:
             self._longest_step_s = 0.0
             self._abort_unanswered = False
             self._settled.set()
+        elif self.info is not None:
+            # It was loaded before: what is lacking now, such as memory, may come back. The engine
+            # ends itself, and `_on_death` counts that.
+            log.error("The model cannot be loaded again: %s %s", event.message, event.hint)
         else:
             self.state, self.detail = "failed", f"{event.message} {event.hint}".strip()
             self._settled.set()

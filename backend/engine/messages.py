@@ -48,7 +48,7 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class LoadFailed(msgspec.Struct, tag=True):
-    """The model cannot be loaded, and trying again will not help."""
+    """The model cannot be loaded: what is wrong, and how to mend it."""
 
     epoch: int
     message: str

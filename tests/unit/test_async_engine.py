@@ -213,6 +213,33 @@ def test_a_restart_that_cannot_even_begin_is_tried_again(monkeypatch):
     run(test)
 
 
+def test_a_restart_without_memory_is_tried_again(monkeypatch):
+    monkeypatch.setattr("backend.engine.async_engine.RESTART_DELAYS_S", (0.0,) * 5)
+
+    async def test():
+        refusals = [UserError("No memory is free.", "Free some.")] * 2
+
+        def build(config: EngineConfig) -> Engine:
+            if refusals:
+                raise refusals.pop()
+            return fake_engine(config)
+
+        engine = AsyncEngine(
+            EngineConfig(model="fake"),
+            lambda: ThreadHandle(build) if engine.epoch > 1 else CHILD(),
+        )
+        await engine.start()
+        await engine.wait_ready()
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        await eventually(lambda: not refusals)
+        await engine.wait_ready()
+        assert await reply(engine, request("again", [1])) == [1, EOS]
+        await engine.stop()
+
+    run(test)
+
+
 def test_after_stop_requests_are_refused_at_once():
     async def test():
         async with running(INLINE) as engine:
