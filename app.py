@@ -89,7 +89,8 @@ def _command(group, name: str, help: str, run, *settings: type) -> argparse.Argu
 
 def open_services(args: argparse.Namespace, api_key: str = "") -> Services:
     """Services for the positional target: a URL (or host:port that is no folder), or a model."""
-    from backend.engine.launcher import ProcessHandle, ThreadHandle
+    from backend.engine.inline import ThreadHandle
+    from backend.engine.launcher import ProcessHandle
     from backend.services import local_services, remote_services
 
     target = os.path.expanduser(getattr(args, "model", str(BUNDLED_MODEL)))

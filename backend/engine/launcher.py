@@ -1,22 +1,18 @@
-"""Two ways to start an engine: a process of its own, or a thread of this one. Both talk over the
-same kind of pipe, in the same messages."""
+"""A started engine, and the usual way to start one: as a process of its own, over a pipe.
+
+`backend.engine.inline` has the other way, over the same kind of pipe, in the same messages.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
 
-from backend.config import EngineConfig
-
-log = logging.getLogger(__name__)
 PROJECT = Path(__file__).resolve().parents[2]
 WORKER = (sys.executable, "-m", "backend.engine.worker")
 
@@ -60,36 +56,3 @@ class ProcessHandle:
         except subprocess.TimeoutExpired:
             return False
         return True
-
-
-class ThreadHandle:
-    """An engine in a thread of this process; it cannot be killed, only asked to end."""
-
-    def __init__(self, build: Callable[[EngineConfig], object] | None = None) -> None:
-        self.connection, theirs = Pipe()
-        self.pid = os.getpid()
-        self._thread = threading.Thread(
-            target=self._run, args=(theirs, build), name="engine", daemon=True
-        )
-        self._thread.start()
-
-    @staticmethod
-    def _run(connection: Connection, build: Callable[[EngineConfig], object] | None) -> None:
-        from backend.engine import messages, worker
-
-        try:
-            with connection:
-                start = messages.decode_command(connection.recv_bytes())
-                assert isinstance(start, messages.Start)
-                worker.serve(connection, start, build or worker.build_engine)  # type: ignore[arg-type]
-        except (EOFError, OSError):
-            pass  # the other end closed: nobody needs this engine any more
-        except Exception:
-            log.exception("The engine thread died")
-
-    def kill(self) -> None:
-        self.connection.close()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self._thread.join(timeout)
-        return not self._thread.is_alive()

@@ -22,7 +22,8 @@ from backend.chat import ChatService
 from backend.config import EngineConfig, ServerConfig
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.engine import Engine
-from backend.engine.launcher import Handle, ThreadHandle
+from backend.engine.inline import ThreadHandle
+from backend.engine.launcher import Handle
 from backend.engine.types import Sequence
 from backend.server.api import create_app
 from backend.server.limits import Admission, Limits

@@ -16,7 +16,8 @@ import pytest
 from backend.config import EngineConfig, SamplingParams
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.engine import Engine
-from backend.engine.launcher import ProcessHandle, ThreadHandle
+from backend.engine.inline import ThreadHandle
+from backend.engine.launcher import ProcessHandle
 from backend.engine.messages import Outputs
 from backend.engine.types import EngineStats, Request, Sequence, StepOutput
 from backend.errors import EngineDeadError, EngineNotReadyError, UserError
