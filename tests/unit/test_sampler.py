@@ -120,7 +120,7 @@ def test_a_seed_means_the_same_alone_and_in_a_batch():
 
 def test_repetition_penalty_counts_prompt_and_reply():
     logits = torch.tensor([[1.0, 2.0, -1.0, 0.5]])
-    seq = sequence(prompt=(1,), reply=(2,), repetition_penalty=2.0)
+    seq = sequence(prompt=(1, 1), reply=(2, 1, 2), repetition_penalty=2.0)  # each counts once
     sampler._adjust(logits[0], seq)
     assert logits.tolist() == [[1.0, 1.0, -2.0, 0.5]]
 
