@@ -43,7 +43,10 @@ class Services:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """End the engine and the template's process."""
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End the engine, open replies with an error, and the template's process."""
         if self.local:
             await self.local.engine.stop()
             self.local.template.close()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import getpass
+import logging
 import os
 import signal
 import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -119,13 +121,37 @@ def _user() -> str:
 
 
 class _Server(uvicorn.Server):
-    """Ctrl-C and SIGTERM end the serving, and nothing else."""
+    """Ctrl-C and SIGTERM end the serving, and nothing else.
+
+    `end_replies` is called when replies are still being written after SHUTDOWN_SECONDS.
+    """
+
+    def __init__(self, config: uvicorn.Config, end_replies: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._end_replies = end_replies
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn would note the signal, to raise it once more when serving has ended; that would
         # cut off the orderly end of the engine.
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # What is open after its own timeout uvicorn just cancels; replies of an engine of ours
+        # end in an error before that.
+        async def end_late_replies() -> None:
+            await asyncio.sleep(SHUTDOWN_SECONDS)
+            await self._end_replies()
+
+        logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+        ending = asyncio.create_task(end_late_replies())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Log filter: uvicorn shows a traceback for everything that it cancels."""
+    return not record.exc_info or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 async def serve_forever(
@@ -144,8 +170,9 @@ async def serve_forever(
             server_header=False,
             proxy_headers=False,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        )
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS * (1 if services.remote else 2),
+        ),
+        services.stop,
     )
 
     async def announce() -> None:

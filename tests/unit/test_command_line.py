@@ -332,6 +332,21 @@ def test_a_server_leaves_no_process_behind(start, model: Path, how: signal.Signa
     assert "Traceback" not in err and "ERROR" not in err
 
 
+def test_a_reply_that_goes_on_ends_in_an_error(start, model: Path):
+    started = start("serve", "api_server", model, "--server-port", "0", "--session-len", "1000000",
+                    "--cache-max-entry-count", "20000")
+    started.announcement()
+    body = {"prompt": "for ever", "stream": True, "ignore_eos": True, "max_tokens": 900_000}
+    with httpx.stream("POST", f"{started.url}/v1/completions", json=body, timeout=BOUND_S) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        os.kill(started.pid, signal.SIGTERM)
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_died"
+    code, _, err = started.wait()
+    assert code == 0 and "Traceback" not in err
+
+
 def test_ctrl_c_while_the_model_is_being_loaded(start, model: Path):
     started = start("serve", "api_server", model, "--server-port", "0")
     family = started.family()
