@@ -121,7 +121,7 @@ class ChatService:
             engine.detail,
             engine.info,
             engine.stats,
-            memory_status(engine.pid, engine.info),
+            await asyncio.to_thread(memory_status, engine.pid, engine.info),
         )
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:

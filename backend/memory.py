@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import psutil
@@ -32,19 +33,31 @@ def memory_status(engine_pid: int | None, info: ModelInfo | None) -> MemoryStatu
         machine = psutil.virtual_memory()
         used, total = machine.total - machine.available, machine.total
     else:
-        used, total = _gpu_memory()
+        used, total = _gpu_memory(info.tp)
     kv_cache = info.num_blocks * info.block_size * info.kv_bytes_per_token
     return MemoryStatus(used, total, resident, info.weight_bytes, kv_cache)
 
 
-def _gpu_memory() -> tuple[int, int]:
-    """(used, total) over all visible GPUs, other people's processes included."""
+def _gpu_memory(count: int) -> tuple[int, int]:
+    """(used, total) of the first `count` visible GPUs, other people's processes included.
+
+    (0, 0) if the driver does not tell.
+    """
     import pynvml  # the module of the package nvidia-ml-py
 
-    pynvml.nvmlInit()
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        infos = [pynvml.nvmlDeviceGetMemoryInfo(h) for h in handles]
-        return sum(i.used for i in infos), sum(i.total for i in infos)
-    finally:
-        pynvml.nvmlShutdown()
+        pynvml.nvmlInit()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = [name.strip() for name in visible if name.strip()] or [
+            str(index) for index in range(pynvml.nvmlDeviceGetCount())
+        ]
+        handles = [
+            pynvml.nvmlDeviceGetHandleByIndex(int(name))
+            if name.isdigit()
+            else pynvml.nvmlDeviceGetHandleByUUID(name)
+            for name in names[:count]
+        ]
+        infos = [pynvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
+    except pynvml.NVMLError:
+        return 0, 0
+    return sum(i.used for i in infos), sum(i.total for i in infos)

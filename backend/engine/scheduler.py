@@ -141,7 +141,8 @@ class Scheduler:
                 return
             self.waiting.popleft()
             self.running[seq.request_id] = seq
-            if not seq.num_output_tokens:  # else it comes back after preemption
+            if not seq.was_admitted:
+                seq.was_admitted = True
                 seq.num_cached_tokens = seq.num_computed_tokens
                 self.stats.num_cached_tokens += seq.num_cached_tokens
                 self.stats.num_prompt_tokens += seq.num_prompt_tokens

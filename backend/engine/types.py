@@ -76,6 +76,7 @@ class Sequence:
     max_tokens: int  # of the reply; bounded by the context
     random: random.Random  # this request's own, so that a seed means the same in any batch
     num_computed_tokens: int = 0
+    was_admitted: bool = False  # before; if again, it comes back after preemption
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_runs: list[list[int]] = field(default_factory=list)  # the table as [first, count] runs

@@ -35,7 +35,7 @@ TROUBLES = {
     "loading": "The model is being loaded.",
     "ready": "The engine makes no progress.",
     "restarting": "The engine died and is being started again.",
-    "failed": "The model could not be loaded; the server's log says why.",
+    "failed": "The model is not served; the server's log says why.",
 }
 STATUS_SECONDS = 0.5  # many open pages poll; they share an answer for so long
 

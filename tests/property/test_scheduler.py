@@ -235,3 +235,15 @@ def test_min_tokens_count_before_the_stop():
     sampling = SamplingParams(min_tokens=5, max_tokens=8, stop_token_ids=tuple(range(VOCAB)))
     engine.add_request(Request("a", [1], sampling))
     assert len(drain(engine)["a"]) == 6
+
+
+def test_a_prompt_preempted_before_its_end_is_counted_once():
+    engine = engine_of(32, max_step_tokens=4, max_batch_size=1)
+    engine.add_request(Request("a", list(range(20)), SamplingParams(max_tokens=2)))
+    engine.step()
+    engine.scheduler.preempt(engine.scheduler.running["a"])
+    outputs = []
+    while engine.has_work():
+        outputs += engine.step()
+    assert engine.stats().num_prompt_tokens == 20
+    assert outputs[0].num_cached_tokens == 0  # its own blocks are no one's prefix
