@@ -70,7 +70,7 @@
     }
     gauge("memory", memory ? text("memory", {
       used: size(memory.used), total: size(memory.total) }) : "",
-      memory ? memory.used / memory.total : "",
+      memory?.total ? memory.used / memory.total : "",
       memory ? text("weights", { weights: size(memory.weights), kv: size(memory.kv_cache),
         engine: size(memory.engine) }) : "");
   };
