@@ -151,7 +151,7 @@ def test_logging_in_by_the_form(locked: Served):
 
 
 def test_logging_in_by_a_link_leaves_no_key_behind(locked: Served, caplog, monkeypatch):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "uvicorn.access")
     # A server without an access log, as other tests start one, silences it for the whole process.
     monkeypatch.setattr(logging.getLogger("uvicorn.access"), "propagate", True)
     with locked.http() as http:
