@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Browser, Error, sync_playwright
+from playwright.sync_api import Browser, Error, expect, sync_playwright
 
 from tests.browser import find_browser
 from tests.e2e.chat_page import ChatPage
@@ -20,6 +20,7 @@ QUIET = [  # the browser's own traffic; --no-sandbox because CI runs as root
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """One a module: while it is open, this thread has an event loop that others would trip over."""
+    expect.set_options(timeout=30_000)  # a busy machine draws slowly
     with sync_playwright() as playwright:
         try:  # without a path, the browser that `playwright install` fetched
             browser = playwright.chromium.launch(executable_path=find_browser(), args=QUIET)
