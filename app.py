@@ -93,6 +93,9 @@ def open_services(args: argparse.Namespace, api_key: str = "") -> Services:
     from backend.engine.launcher import ProcessHandle
     from backend.services import local_services, remote_services
 
+    for key in getattr(args, "api_keys", ()):
+        if os.path.isdir(key) or "://" in key:  # --api-keys takes all words up to the next flag
+            raise UserError(f"{key} was read as an API key.", "Name the model before --api-keys.")
     target = os.path.expanduser(getattr(args, "model", str(BUNDLED_MODEL)))
     is_address = target.rpartition(":")[2].isdigit() and not os.path.exists(target)
     if "://" in target or is_address:

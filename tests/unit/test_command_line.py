@@ -220,6 +220,11 @@ def test_addresses_of_other_machines(refused: Run, model: Path, name: str):
     assert name in sentence and "127.0.0.1" in sentence
 
 
+def test_a_model_that_would_pass_for_a_key(refused: Run, model: Path):
+    sentence = refused("serve", "api_server", "--api-keys", "secret-key-1", model)
+    assert str(model) in sentence and "before --api-keys" in sentence
+
+
 def test_bad_key(refused: Run, model: Path):
     sentence = refused(
         "serve", "api_server", model, "--inline", "--server-port", "0", "--api-keys", "short")
