@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -99,6 +99,13 @@ def open_services(args: argparse.Namespace, api_key: str = "") -> Services:
     target = os.path.expanduser(getattr(args, "model", str(BUNDLED_MODEL)))
     is_address = target.rpartition(":")[2].isdigit() and not os.path.exists(target)
     if "://" in target or is_address:
+        for name in (*(f.name for f in fields(EngineConfig)), "model_name"):
+            if name != "model" and hasattr(args, name):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{flag} is for a model, not for the server {target}.",
+                    "Give it to the command that serves the model.",
+                )
         return remote_services(target, api_key)
     # The engine's process has another working directory.
     engine = replace(config.from_namespace(EngineConfig, args), model=os.path.abspath(target))

@@ -225,6 +225,11 @@ def test_a_model_that_would_pass_for_a_key(refused: Run, model: Path):
     assert str(model) in sentence and "before --api-keys" in sentence
 
 
+def test_flags_of_a_model_do_not_fit_a_server(refused: Run):
+    sentence = refused("serve", "gradio", "http://127.0.0.1:9", "--session-len", "64")
+    assert "--session-len" in sentence and "serves the model" in sentence
+
+
 def test_bad_key(refused: Run, model: Path):
     sentence = refused(
         "serve", "api_server", model, "--inline", "--server-port", "0", "--api-keys", "short")
