@@ -75,11 +75,9 @@ class ModelRunner:
         for peer in self._peers:
             peer.send_bytes(messages.encode(step))
         logits = self.forward(step)
-        return (
-            sample(logits, [s.sequence for s in batch.scheduled if s.samples])
-            if (step.sample_rows)
-            else []
-        )
+        if not step.sample_rows:
+            return []
+        return sample(logits, [s.sequence for s in batch.scheduled if s.samples])
 
     def close(self) -> None:
         """Let the other ranks go; they end when their pipes close."""
@@ -189,10 +187,8 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> to
     if device.type == "cuda" or stored == torch.float32:
         return stored
     # Without instructions for bfloat16, a CPU is faster in float32.
-    capabilities: dict[str, bool] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # since torch 2.12
-    return torch.bfloat16 if capabilities.get("avx512_bf16") else torch.float32
+    has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16")
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def _free_memory(device: torch.device) -> int:

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field, PlainValidator, WithJsonSchema
 
+from backend.chat_template import MAX_MESSAGES
 from backend.config import SamplingParams
 from backend.errors import UserError
 from backend.server.strict import Strict, described, show
 
-MAX_MESSAGES = 1024
 MAX_PROMPTS = 64
 MAX_REPLIES = 8  # n
 MAX_STOPS = 16
