@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels.reference
 from kernels.cpu.attention import paged_attention
+from kernels.ops import AttentionMetadata, KVCache
 
 __all__ = [
     "add_rms_norm",
+    "attention",
     "paged_attention",
     "rms_norm",
     "rotary_embedding",
@@ -62,7 +65,27 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """See `kernels.ops.store_kv`."""
-    k_cache.index_copy_(0, slot_mapping, k)
-    v_cache.index_copy_(0, slot_mapping, v)
+def store_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
+    """See `kernels.ops.store_kv`. No token of a CPU's batch is padding."""
+    if cache.bits != 16:
+        kernels.reference.store_kv(k, v, cache, slot_mapping)
+        return
+    cache.k.index_copy_(1, slot_mapping, k.transpose(0, 1))
+    cache.v.index_copy_(1, slot_mapping, v.transpose(0, 1))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: KVCache,
+    metadata: AttentionMetadata,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """See `kernels.ops.attention`."""
+    q, k = rotary_embedding(q, k, cos, sin)
+    store_kv(k, v, cache, metadata.slot_mapping)
+    return paged_attention(q, cache, metadata, scale, window)

@@ -6,11 +6,14 @@ short ones are gathered, where the calls themselves would cost more than the cop
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import AttentionMetadata
+import kernels.reference
+from kernels.ops import AttentionMetadata, KVCache
 
 Run = tuple[int, int]  # first slot, length
 
@@ -23,8 +26,7 @@ PADDED_MAX_BYTES = 64 << 10
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KVCache,
     metadata: AttentionMetadata,
     scale: float,
     window: int | None = None,
@@ -33,12 +35,14 @@ def paged_attention(
 
     Of the metadata it needs only the host's lists; no slot of another sequence is ever read.
     """
+    if cache.bits != 16:
+        cache, metadata = _dequantized(cache, metadata, q.dtype)
     if window is not None and max(metadata.seq_lens) <= window:
         window = None  # it hides nothing yet
-    if window is None and _many_short(q, k_cache, metadata):
-        return _decode_padded(q, k_cache, v_cache, metadata, scale)
+    if window is None and _many_short(q, cache, metadata):
+        return _decode_padded(q, cache, metadata, scale)
     # [1, K, N, D]: of these, a run is a view.
-    k_pool, v_pool = k_cache.transpose(0, 1).unsqueeze(0), v_cache.transpose(0, 1).unsqueeze(0)
+    k_pool, v_pool = cache.k.unsqueeze(0), cache.v.unsqueeze(0)
     outputs = []
     start = 0
     for query_len, seq_len, runs in zip(
@@ -57,12 +61,30 @@ def paged_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _many_short(q: Tensor, k_cache: Tensor, metadata: AttentionMetadata) -> bool:
+def _dequantized(
+    cache: KVCache, metadata: AttentionMetadata, dtype: torch.dtype
+) -> tuple[KVCache, AttentionMetadata]:
+    """What the sequences' runs hold, one sequence after another: a copy, so right but not fast."""
+    slots, runs = [], []
+    for sequence, length in zip(metadata.kv_runs, metadata.seq_lens, strict=True):
+        runs.append([(sum(map(len, slots)), length)])
+        slots += [torch.arange(first, first + count) for first, count in sequence]
+    chosen = torch.cat(slots)
+    pools = []
+    for pool, params in ((cache.k, cache.k_params), (cache.v, cache.v_params)):
+        assert params is not None
+        plain = kernels.reference.dequantize_kv(pool[:, chosen], params[:, chosen], cache.bits)
+        pools.append(plain.to(dtype))
+    return KVCache(*pools), replace(metadata, kv_runs=runs)
+
+
+def _many_short(q: Tensor, cache: KVCache, metadata: AttentionMetadata) -> bool:
     """Whether this is the decoding of many short sequences, each in one run."""
     num_sequences = len(metadata.seq_lens)
     if num_sequences < PADDED_MIN_SEQUENCES or q.shape[0] != num_sequences:
         return False
-    bytes_per_token = k_cache.shape[1] * k_cache.shape[2] * k_cache.element_size()
+    num_kv_heads, _, head_dim = cache.k.shape
+    bytes_per_token = num_kv_heads * head_dim * cache.k.element_size()
     if max(metadata.seq_lens) * bytes_per_token > PADDED_MAX_BYTES:
         return False
     return all(len(runs) == 1 for runs in metadata.kv_runs)
@@ -170,18 +192,18 @@ def _windowed(
 
 
 def _decode_padded(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, scale: float
+    q: Tensor, cache: KVCache, metadata: AttentionMetadata, scale: float
 ) -> Tensor:
     """One new token each for many short sequences of one run, in one call. q [S, H, D]."""
-    num_sequences, num_kv_heads, head_dim = q.shape[0], k_cache.shape[1], k_cache.shape[2]
+    num_sequences, num_kv_heads, head_dim = q.shape[0], cache.k.shape[0], cache.k.shape[2]
     if "padded" not in metadata.derived:  # a third of the op's time, so once a step only
         metadata.derived["padded"] = _pad(metadata, q.dtype)
     slots, mask = metadata.derived["padded"]
-    shape = (num_sequences, mask.shape[-1], num_kv_heads, head_dim)
+    shape = (num_kv_heads, num_sequences, mask.shape[-1], head_dim)
     out = F.scaled_dot_product_attention(
         q.reshape(num_sequences, num_kv_heads, -1, head_dim),
-        k_cache.index_select(0, slots).view(shape).transpose(1, 2),
-        v_cache.index_select(0, slots).view(shape).transpose(1, 2),
+        cache.k.index_select(1, slots).view(shape).transpose(0, 1),
+        cache.v.index_select(1, slots).view(shape).transpose(0, 1),
         attn_mask=mask,
         scale=scale,
     )

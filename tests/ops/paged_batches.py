@@ -7,7 +7,8 @@ import random
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionMetadata
+import kernels.reference
+from kernels.ops import AttentionMetadata, KVCache
 
 
 def layout(
@@ -70,10 +71,24 @@ def runs_of(table: list[int], seq_len: int, block_size: int) -> list[tuple[int, 
 
 def random_tensors(
     num_tokens: int, num_slots: int, heads: tuple[int, int, int], dtype: torch.dtype, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [T, H, D] and pools [N, K, D] for heads = (H, K, D)."""
+) -> tuple[Tensor, KVCache]:
+    """q [T, H, D] and pools [K, N, D] for heads = (H, K, D)."""
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads, head_dim = heads
     q = torch.randn(num_tokens, num_heads, head_dim, generator=generator)
-    pools = torch.randn(2, num_slots, num_kv_heads, head_dim, generator=generator)
-    return q.to(dtype), pools[0].to(dtype), pools[1].to(dtype)
+    pools = torch.randn(2, num_kv_heads, num_slots, head_dim, generator=generator)
+    return q.to(dtype), KVCache(pools[0].to(dtype), pools[1].to(dtype))
+
+
+def quantized(plain: KVCache, bits: int, static: bool) -> KVCache:
+    """The pools in 8 or 4 bits, with parameters a slot or, if `static`, a head."""
+    made = []
+    for pool in (plain.k, plain.v):
+        if static:
+            whole = kernels.reference.kv_params(pool.flatten(1), bits)  # [K, 2]
+            params = whole[:, None, :].expand(-1, pool.shape[1], -1)
+        else:
+            params = kernels.reference.kv_params(pool, bits)
+        made.append((kernels.reference.quantize_kv(pool, params, bits), params))
+    (k, k_params), (v, v_params) = made
+    return KVCache(k, v, bits, k_params, v_params, static)
