@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from backend.layers.linear import BuildContext
 from backend.layers.linear_method import WeightSlot
+from backend.layers.methods.unquantized import UnquantizedMethod
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -61,7 +62,7 @@ class ParallelLMHead(nn.Module):
     """Hidden states to logits, with a table of its own or the embedding's.
 
     forward: hidden [rows, hidden_size] -> float32 [rows, vocab_size] on every rank. All ranks must
-    call it together.
+    call it together. Its weights are never quantized, whatever the layers' are.
 
     Args:
         table: the weights; the embedding itself if the two are tied. On a CPU the head then keeps
@@ -73,7 +74,8 @@ class ParallelLMHead(nn.Module):
     def __init__(self, table: VocabParallelEmbedding, context: BuildContext) -> None:
         super().__init__()
         self.parallel = context.parallel
-        self.method = context.linear_method
+        self.method = UnquantizedMethod()
+        self.batch_invariant = context.batch_invariant
         self.vocab_size = table.vocab_size
         self.table = table
 

@@ -24,7 +24,8 @@ class BuildContext:
     dtype: torch.dtype
     device: torch.device
     parallel: ParallelContext
-    linear_method: LinearMethod
+    linear_method: LinearMethod  # of the decoder's layers; the output head is never quantized
+    batch_invariant: bool = False  # a sequence's bits must not depend on the others
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,19 @@ class LinearLayer(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, context: BuildContext
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        context: BuildContext,
+        method: LinearMethod,
     ) -> None:
         super().__init__()
         self.in_features = in_features  # on this rank
         self.out_features = out_features  # on this rank
         self.parallel = context.parallel
-        self.method = context.linear_method
+        self.batch_invariant = context.batch_invariant
+        self.method = method
         self.weights = self.method.create_weights(
             in_features, out_features, context.dtype, context.device
         )
@@ -80,7 +87,12 @@ class ColumnParallelLinear(LinearLayer):
     def __init__(
         self, in_features: int, parts: Sequence[OutputPart], bias: bool, context: BuildContext
     ) -> None:
-        super().__init__(in_features, sum(p.length for p in parts), bias, context)
+        method = context.linear_method.for_layer([part.name for part in parts])
+        for part in parts:
+            _check_multiple(part.name, "inputs", in_features, method.input_multiple, context)
+            for count in (part.start, part.length, part.size):
+                _check_multiple(part.name, "outputs", count, method.output_multiple, context)
+        super().__init__(in_features, sum(p.length for p in parts), bias, context, method)
         self.parts = tuple(parts)
 
     def weight_slots(self) -> dict[str, WeightSlot]:
@@ -92,9 +104,13 @@ class ColumnParallelLinear(LinearLayer):
                 source = [slice(0, n) for n in shape]
                 destination = weight.tensor
                 if weight.output_dim is not None:
-                    shape[weight.output_dim] = part.size
-                    source[weight.output_dim] = slice(part.start, part.start + part.length)
-                    destination = destination.narrow(weight.output_dim, offset, part.length)
+                    divisor = weight.output_divisor
+                    start, length = part.start // divisor, part.length // divisor
+                    shape[weight.output_dim] = part.size // divisor
+                    source[weight.output_dim] = slice(start, start + length)
+                    destination = destination.narrow(
+                        weight.output_dim, offset // divisor, length
+                    )
                 slots[f"{part.name}.{key}"] = WeightSlot(tuple(shape), tuple(source), destination)
                 offset += part.length
         return slots
@@ -122,6 +138,10 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
             length = context.parallel.divide(size, f"rows of {name}")
             parts.append(OutputPart(name, size, context.parallel.rank * length, length))
         super().__init__(in_features, parts, bias, context)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(first output) * second, for a layer of two: [T, in_features] -> [T, length]."""
+        return self.method.apply_gated(self, x)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -168,6 +188,26 @@ class QKVParallelLinear(ColumnParallelLinear):
         )
 
 
+def _check_multiple(
+    name: str, what: str, count: int, multiple: int, context: BuildContext
+) -> None:
+    if count % multiple == 0:
+        return
+    ranks = context.parallel.world_size
+    if ranks == 1:
+        raise UserError(
+            f"{name} has {count} {what}, which its quantization cannot store: they must be a "
+            f"multiple of {multiple}.",
+            "config.json's sizes and its quantization_config do not belong together.",
+        )
+    raise UserError(
+        f"At tp {ranks} a rank's part of {name} would begin or end at {count} {what}, within one "
+        f"of the units of {multiple} that its quantization stores together.",
+        "Choose a smaller tp.",
+        field="tp",
+    )
+
+
 def kv_heads_per_rank(num_kv_heads: int, parallel: ParallelContext) -> int:
     """KV heads that one rank keeps: its share, or one that it has in common with other ranks.
 
@@ -198,7 +238,10 @@ class RowParallelLinear(LinearLayer):
         self, in_features: int, out_features: int, name: str, bias: bool, context: BuildContext
     ) -> None:
         length = context.parallel.divide(in_features, f"columns of {name}")
-        super().__init__(length, out_features, bias, context)
+        method = context.linear_method.for_layer([name])
+        _check_multiple(name, "inputs", length, method.input_multiple, context)
+        _check_multiple(name, "outputs", out_features, method.output_multiple, context)
+        super().__init__(length, out_features, bias, context, method)
         self.name = name
         self.whole_in_features = in_features
 
@@ -208,9 +251,11 @@ class RowParallelLinear(LinearLayer):
             shape = list(weight.tensor.shape)
             source = [slice(0, n) for n in shape]
             if weight.input_dim is not None:
-                start = self.parallel.rank * self.in_features
-                shape[weight.input_dim] = self.whole_in_features
-                source[weight.input_dim] = slice(start, start + self.in_features)
+                divisor = weight.input_divisor
+                length = self.in_features // divisor
+                start = self.parallel.rank * length
+                shape[weight.input_dim] = self.whole_in_features // divisor
+                source[weight.input_dim] = slice(start, start + length)
             slots[f"{self.name}.{key}"] = WeightSlot(tuple(shape), tuple(source), weight.tensor)
         return slots
 

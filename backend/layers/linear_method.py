@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from kernels import ops
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,38 @@ def whole(parameter: Tensor) -> WeightSlot:
 class LinearWeight:
     """A stored tensor of a linear layer, and which of its dimensions are output and input.
 
-    None means that the tensor has no such dimension (a bias has no input).
+    None means that the tensor has no such dimension (a bias has no input). A divisor is how many
+    features one element stands for: 8 outputs of 4 bits in an int32, a group's inputs in a scale.
     """
 
     tensor: Tensor
     output_dim: int | None
     input_dim: int | None
+    output_divisor: int = 1
+    input_divisor: int = 1
 
 
 class LinearMethod(ABC):
-    """A weight format: which tensors a linear layer stores, and how x is multiplied by them."""
+    """A weight format: which tensors a linear layer stores, and how x is multiplied by them.
+
+    `apply` finds in the layer, beside its tensors, `bias` and `batch_invariant`.
+
+    Attributes:
+        output_multiple: what a rank keeps of a checkpoint's tensor must begin and end at whole
+            multiples of so many outputs.
+        input_multiple: the same of inputs.
+    """
+
+    output_multiple = 1
+    input_multiple = 1
+
+    def for_layer(self, names: Sequence[str]) -> LinearMethod:
+        """The format of a layer's weights; `names` are its parts' in the checkpoint.
+
+        Raises:
+            UserError: the parts of one layer are stored in different formats.
+        """
+        return self
 
     @abstractmethod
     def create_weights(
@@ -58,4 +83,10 @@ class LinearMethod(ABC):
 
     @abstractmethod
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., in_features] times the layer's weight, plus bias; [..., out_features]."""
+        """x [T, in_features] times the layer's weight, plus bias; [T, out_features]."""
+
+    def apply_gated(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """silu(gate) * up of the layer's product, whose first half is the gate: [T, out / 2]."""
+        bias = layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return ops.silu_and_mul(self.apply(layer, x, bias))

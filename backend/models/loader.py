@@ -7,22 +7,29 @@ peak is the model plus one tensor.
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from backend.errors import UserError
 from backend.layers.linear import BuildContext
-from backend.layers.linear_method import WeightSlot
+from backend.layers.linear_method import LinearMethod, WeightSlot
+from backend.layers.methods.awq import AWQMethod
 from backend.layers.methods.unquantized import UnquantizedMethod
 from backend.layers.parallel import ParallelContext
 from backend.models.checkpoint import DOWNLOAD_AGAIN, TensorInfo, read_checkpoint
 from backend.models.decoder import Decoder
 from backend.models.model_config import ModelConfig
 from backend.models.registry import family_of, read_model_config
+
+log = logging.getLogger(__name__)
 
 # Buffers that older versions of transformers saved; they are computed, not loaded.
 IGNORED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.masked_bias$")
@@ -35,6 +42,8 @@ def load_model(
     device: torch.device,
     parallel: ParallelContext,
     session_len: int | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> tuple[Decoder, ModelConfig]:
     """Load this rank's share of the checkpoint in `folder`.
 
@@ -44,14 +53,16 @@ def load_model(
         device: where the weights go.
         parallel: this rank and its group.
         session_len: longest sequence that will be run; by default what the model was trained for.
+        batch_invariant: a sequence's bits must not depend on the others in its batch.
 
     Raises:
         UserError: naming what is missing, damaged, unsupported or inconsistent.
     """
     config, tensors = check_model(folder, parallel, session_len)
-    decoder = _create(config, dtype, device, parallel, session_len)
-    _fill(tensors, decoder.weight_slots())
-    decoder.process_weights_after_loading()
+    check_dtype(config, dtype, device)
+    decoder = _create(config, dtype, device, parallel, session_len, batch_invariant)
+    _fill(tensors, decoder.weight_slots(), show=parallel.rank == 0)
+    _process(decoder, device)
     return decoder, config
 
 
@@ -67,9 +78,29 @@ def check_model(
     """
     config = read_model_config(folder)
     tensors = read_checkpoint(folder)
-    shell = _create(config, torch.float32, torch.device("meta"), parallel, session_len)
-    check_tensors(config, tensors, shell.weight_slots())
+    check_tensors(config, tensors, create_shell(config, parallel, session_len).weight_slots())
     return config, tensors
+
+
+def create_shell(
+    config: ModelConfig, parallel: ParallelContext, session_len: int | None = None
+) -> Decoder:
+    """A decoder without memory for weights, which knows its tensors' names and shapes."""
+    return _create(config, torch.float32, torch.device("meta"), parallel, session_len)
+
+
+def check_dtype(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Whether the model can be computed in `dtype` on `device`.
+
+    Raises:
+        UserError: float32 asked of kernels that compute in 16 bit.
+    """
+    if config.quantization and device.type == "cuda" and dtype == torch.float32:
+        raise UserError(
+            "A 4-bit model cannot run in float32 on a GPU: its kernels compute in 16 bit.",
+            "Load it with --dtype float16 or bfloat16.",
+            field="dtype",
+        )
 
 
 def build_model(
@@ -86,10 +117,38 @@ def build_model(
     for name, slot in decoder.weight_slots().items():
         if name.endswith("norm.weight"):
             slot.destination.fill_(1.0)
+        elif slot.destination.dtype == torch.int32:  # eight numbers of 4 bits
+            slot.destination.random_(-(2**31), 2**31, generator=generator)
         else:
             slot.destination.normal_(0.0, 0.02, generator=generator)
-    decoder.process_weights_after_loading()
+            if name.endswith(".scales"):  # the difference of two such numbers is 6.5 on average
+                slot.destination.abs_().mul_(0.15)
+    _process(decoder, device)
     return decoder
+
+
+def linear_method(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> LinearMethod:
+    """How the layers store and multiply their weights on `device`."""
+    quantization = config.quantization
+    if quantization is None:
+        return UnquantizedMethod()
+    # Neither a CPU nor a GPU before Ampere has a kernel for this layout; the output head and
+    # everything else are the same.
+    has_kernel = device.type == "meta" or (
+        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    if not has_kernel:
+        log.warning(
+            "4-bit weights are unpacked to %s: on this device there is no kernel that multiplies "
+            "by 4-bit weights (a GPU needs compute capability 8.0), so they take the memory and "
+            "the time of a 16-bit model's.",
+            str(dtype).removeprefix("torch."),
+        )
+    return AWQMethod(
+        quantization.group_size, quantization.not_converted, None if has_kernel else dtype
+    )
 
 
 def _create(
@@ -98,10 +157,19 @@ def _create(
     device: torch.device,
     parallel: ParallelContext,
     session_len: int | None,
+    batch_invariant: bool = False,
 ) -> Decoder:
-    context = BuildContext(dtype, device, parallel, UnquantizedMethod())
+    method = linear_method(config, dtype, device)
+    context = BuildContext(dtype, device, parallel, method, batch_invariant)
     family = family_of(config.architecture)
     return family(config, session_len or config.max_position_embeddings, context)
+
+
+def _process(decoder: Decoder, device: torch.device) -> None:
+    """Bring the weights into their kernels' layouts and give back what that needed."""
+    decoder.process_weights_after_loading()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def check_tensors(
@@ -136,47 +204,86 @@ def check_tensors(
                 f"{list(slots[name].shape)}.",
                 f"config.json and weights do not belong together. {DOWNLOAD_AGAIN}",
             )
-        if info.dtype not in FLOAT_DTYPES:
+        if slots[name].destination.dtype == torch.int32:
+            if info.dtype != "I32":
+                raise UserError(
+                    f"{name} is stored as {info.dtype:.20}, not as I32, eight 4-bit numbers each.",
+                    f"config.json and weights do not belong together. {DOWNLOAD_AGAIN}",
+                )
+        elif info.dtype not in FLOAT_DTYPES:
             raise UserError(
                 f"{name} is stored as {info.dtype:.20}, not as floating point.",
                 "Use the model's float16 or bfloat16 checkpoint.",
             )
 
 
-def _fill(tensors: dict[str, TensorInfo], slots: dict[str, WeightSlot]) -> None:
-    """Copy each tensor's part for this rank to its destination, file by file."""
+def _fill(tensors: dict[str, TensorInfo], slots: dict[str, WeightSlot], show: bool) -> None:
+    """Copy each tensor's part for this rank to its destination, file by file.
+
+    On a terminal, `show` draws a bar of bytes read.
+    """
     by_file = defaultdict(list)
     for name in slots:
         by_file[tensors[name].path].append(name)
-    for path, names in by_file.items():
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in names:
-                    slot = slots[name]
-                    source = file.get_slice(name)[slot.source]
-                    slot.destination.copy_(source)
-                    _check_finite(name, slot.destination, source)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read: {error}.", DOWNLOAD_AGAIN) from error
+    drawn = show and sys.stderr is not None and sys.stderr.isatty()
+    total = sum(slot.destination.nbytes for slot in slots.values())
+    with tqdm(
+        total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not drawn
+    ) as bar:
+        for path, names in by_file.items():
+            try:
+                _fill_from(path, {name: slots[name] for name in names}, bar)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path} cannot be read: {error}.", DOWNLOAD_AGAIN) from error
 
 
-def _check_finite(name: str, loaded: Tensor, source: Tensor) -> None:
-    if is_finite(loaded):
-        return
-    if is_finite(source):
+def _fill_from(path: str, slots: dict[str, WeightSlot], bar: tqdm) -> None:
+    """The tensors of one file. Its pages are mapped; a copy to the device is what reads them."""
+    device = next(iter(slots.values())).destination.device
+    with (
+        safe_open(path, framework="pt", device="cpu") as file,
+        ThreadPoolExecutor(4, initializer=torch.cuda.set_device, initargs=(device,)) as readers,
+    ):
+
+        def read(name: str) -> Tensor | None:
+            slot = slots[name]
+            slot.destination.copy_(file.get_slice(name)[slot.source])
+            return finiteness(slot.destination) if slot.destination.is_floating_point() else None
+
+        flags = {}
+        # One core that faults pages in cannot keep a GPU's link busy. A CPU has no core to spare.
+        for name, flag in zip(
+            slots, readers.map(read, slots) if device.type == "cuda" else map(read, slots)
+        ):
+            bar.update(slots[name].destination.nbytes)
+            if flag is not None:
+                flags[name] = flag
+        if not flags or bool(torch.stack(list(flags.values())).all()):  # the one wait for the GPU
+            return
+        name = next(name for name, flag in flags.items() if not flag)
+        loaded = slots[name].destination
+        if is_finite(file.get_slice(name)[slots[name].source]):
+            raise UserError(
+                f"{name} has values that {str(loaded.dtype).removeprefix('torch.')} cannot hold.",
+                "Load the model with --dtype bfloat16 or float32.",
+                field="dtype",
+            )
         raise UserError(
-            f"{name} has values that {str(loaded.dtype).removeprefix('torch.')} cannot hold.",
-            "Load the model with --dtype bfloat16 or float32.",
-            field="dtype",
+            f"{name} contains NaN or infinity.", f"The weights are damaged. {DOWNLOAD_AGAIN}"
         )
-    raise UserError(
-        f"{name} contains NaN or infinity.", f"The weights are damaged. {DOWNLOAD_AGAIN}"
-    )
+
+
+def finiteness(x: Tensor) -> Tensor:
+    """Whether x has neither NaN nor infinity: a boolean on x's device, which nobody waits for.
+
+    One pass, no temporary of x's size.
+    """
+    if x.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=x.device)
+    low, high = torch.aminmax(x)
+    return torch.isfinite(low) & torch.isfinite(high)
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether x has neither NaN nor infinity. One pass, no temporary of x's size."""
-    if x.numel() == 0:
-        return True
-    low, high = torch.aminmax(x)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    """The same, waited for."""
+    return bool(finiteness(x))

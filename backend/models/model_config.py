@@ -20,6 +20,21 @@ MAX_CONFIG_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
+class QuantizationConfig:
+    """How the decoder's linear layers are stored; embeddings, norms and output head never are so.
+
+    Attributes:
+        method: "awq", the only one there is.
+        group_size: inputs that share a scale and a zero: 32, 64 or 128.
+        not_converted: modules that stayed in 16 bit, by (parts of) their names.
+    """
+
+    method: str
+    group_size: int
+    not_converted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a Decoder is built from. Counts are of the whole model, not of one rank."""
 
@@ -41,6 +56,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each head's q and k before the rotation
     windows: tuple[int | None, ...] = ()  # a layer's sliding window in tokens; None sees all
+    quantization: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.windows:
@@ -183,12 +199,7 @@ def parse_common(
     Raises:
         UserError: if a key is missing, out of range or asks for something unsupported.
     """
-    if fields.raw.get("quantization_config") or fields.raw.get("compression_config"):
-        raise UserError(
-            "This checkpoint is quantized (quantization_config in config.json), which is not "
-            "supported yet.",
-            "Use the model's float16 or bfloat16 checkpoint.",
-        )
+    quantization = parse_quantization(fields)
     hidden_act = fields.text("hidden_act", "silu")
     if hidden_act not in ("silu", "swish"):
         raise UserError(
@@ -212,7 +223,9 @@ def parse_common(
     if head_dim % 2:
         raise UserError(f"config.json: head_dim {head_dim} must be even for rotary embedding.")
     max_position_embeddings = fields.integer("max_position_embeddings", high=1 << 30)
-    dtype = fields.text("dtype", fields.text("torch_dtype", "float32"))
+    # AWQ's scales are float16, so that is what a model that says nothing was computed in.
+    unsaid = "float16" if quantization else "float32"
+    dtype = fields.text("dtype", fields.text("torch_dtype", unsaid))
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"config.json: dtype {dtype!r} is not one of float32, bfloat16, float16.")
     return ModelConfig(
@@ -229,7 +242,50 @@ def parse_common(
         rope=parse_rope(fields, head_dim),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         dtype=dtype,
+        quantization=quantization,
     )
+
+
+def parse_quantization(fields: ConfigFields) -> QuantizationConfig | None:
+    """`quantization_config` as AutoAWQ and transformers write it; None for a 16-bit model.
+
+    Raises:
+        UserError: naming the method or the setting that is not supported.
+    """
+    section = fields.section("quantization_config") or fields.section("compression_config")
+    if section is None or not section.raw:
+        return None
+
+    def refuse(what: str) -> UserError:
+        return UserError(
+            f"This checkpoint is quantized with {what}, which is not supported.",
+            'Supported: quant_method "awq" with bits 4, group_size 32, 64 or 128, version "gemm" '
+            "and zero_point true. Or use the model's float16 or bfloat16 checkpoint.",
+        )
+
+    method = section.text("quant_method").lower()
+    if method != "awq":
+        raise refuse(f"the method {method!r:.40}")
+    bits = section.integer("bits", low=1, high=64)
+    if bits != 4:
+        raise refuse(f"bits {bits}")
+    group_size = section.integer("group_size", low=-1, high=1 << 20)
+    if group_size not in (32, 64, 128):
+        raise refuse(f"group_size {group_size}")
+    if section.raw.get("backend") == "llm-awq":
+        raise refuse("the backend 'llm-awq'")
+    # transformers 5 calls it format as well.
+    version = section.text("version", section.text("format", "gemm")).lower()
+    if version != "gemm":
+        raise refuse(f"version {version!r:.40}")
+    if not section.boolean("zero_point", True):
+        raise refuse("zero_point false")
+    names = section.raw.get("modules_to_not_convert") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise UserError(
+            f"{section.where}: modules_to_not_convert must be a list of names, not {names!r:.80}."
+        )
+    return QuantizationConfig(method, group_size, tuple(names))
 
 
 def parse_rope(fields: ConfigFields, head_dim: int) -> RopeParameters:

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from backend.errors import UserError
-from backend.models.model_config import ConfigFields, read_config_fields
+from backend.models.model_config import ConfigFields, QuantizationConfig, read_config_fields
 from backend.models.registry import parse_config, read_model_config
 
 BASE = dict(
@@ -112,7 +112,6 @@ BAD = {
     "odd head": (dict(head_dim=15), "head_dim 15 must be even"),
     "activation": (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
     "dtype": (dict(torch_dtype="int8"), "dtype 'int8' is not one of"),
-    "quantized": (dict(quantization_config={"quant_method": "awq"}), "quantized"),
     "rope type": (dict(rope_scaling=dict(type="magic")), "rope type 'magic' is unknown"),
     "rope no object": (dict(rope_scaling=[1]), "rope_scaling must be an object"),
     "rope factor": (dict(rope_scaling=dict(type="linear")), "needs factor"),
@@ -133,6 +132,58 @@ def test_bad_values(name):
     overrides, words = BAD[name]
     with pytest.raises(UserError, match=words):
         parsed(**overrides)
+
+
+AWQ = dict(quant_method="awq", bits=4, group_size=128, version="gemm", zero_point=True)
+
+
+def test_a_quantized_model():
+    assert parsed().quantization is None
+    assert parsed(quantization_config=None).quantization is None
+    assert parsed(quantization_config=AWQ).quantization == QuantizationConfig("awq", 128)
+    spelled = {**AWQ, "group_size": 32, "version": "GEMM", "modules_to_not_convert": ["mlp"]}
+    assert parsed(quantization_config=spelled).quantization == QuantizationConfig(
+        "awq", 32, ("mlp",)
+    )
+    newer = {**AWQ, "format": "gemm", "modules_to_not_convert": None}
+    del newer["version"]
+    assert parsed(quantization_config=newer) == parsed(quantization_config=AWQ)
+
+
+def test_a_quantized_model_without_a_dtype_is_float16():
+    assert parsed(quantization_config=AWQ, torch_dtype=None).dtype == "float16"
+    assert parsed(quantization_config=AWQ).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(quant_method="gptq"), "quantized with the method 'gptq'"),
+        (dict(quant_method="bitsandbytes"), "quantized with the method 'bitsandbytes'"),
+        (dict(quant_method=None), "quant_method is missing"),
+        (dict(quant_method=4), "quant_method must be text"),
+        (dict(bits=3), "quantized with bits 3"),
+        (dict(bits=8), "quantized with bits 8"),
+        (dict(bits=None), "bits is missing"),
+        (dict(group_size=-1), "quantized with group_size -1"),
+        (dict(group_size=96), "quantized with group_size 96"),
+        (dict(group_size="128"), "group_size must be a whole number"),
+        (dict(version="gemv"), "quantized with version 'gemv'"),
+        (dict(version=None, format="gemv_fast"), "quantized with version 'gemv_fast'"),
+        (dict(backend="llm-awq"), "quantized with the backend 'llm-awq'"),
+        (dict(zero_point=False), "quantized with zero_point false"),
+        (dict(modules_to_not_convert="mlp"), "modules_to_not_convert must be a list"),
+        (dict(modules_to_not_convert=[3]), "modules_to_not_convert must be a list"),
+    ],
+)
+def test_quantizations_that_are_refused(change, words):
+    with pytest.raises(UserError, match=words):
+        parsed(quantization_config={**AWQ, **change})
+
+
+def test_other_kinds_of_quantization_are_named():
+    with pytest.raises(UserError, match="the method 'compressed-tensors'"):
+        parsed(compression_config={"quant_method": "compressed-tensors"})
 
 
 def test_an_unknown_architecture_lists_the_known_ones():

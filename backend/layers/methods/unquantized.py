@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backend.layers.linear_method import LinearMethod, LinearWeight
+from kernels import ops
 
 
 class UnquantizedMethod(LinearMethod):
@@ -39,6 +40,8 @@ class UnquantizedMethod(LinearMethod):
         assert isinstance(weight, Tensor)
         if weight.is_mkldnn:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        if x.is_cuda:
+            return ops.linear(x, weight, bias, bool(layer.batch_invariant))
         return F.linear(x, weight, bias)
 
 
