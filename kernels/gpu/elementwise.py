@@ -22,7 +22,7 @@ ROWS_BLOCK = 1024
 GATE_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
     x,
     residual,
@@ -65,7 +65,7 @@ def _rms_norm_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _wide_rms_norm_kernel(
     x,
     residual,
