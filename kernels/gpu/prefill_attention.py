@@ -1,0 +1,221 @@
+"""Attention of sequences with any number of new tokens over paged KV (FlashAttention-2, Dao 2023).
+
+A tile's rows are the query heads that read one KV head, token by token: a program serves all of
+them with one reading of the keys. The queries are rotated as they are loaded.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gpu.decode_attention import LIFT, LOG2_E, TL_DTYPES, attend
+from kernels.gpu.kv_tiles import (
+    dot_dtype,
+    half_columns,
+    load_tile,
+    packed_params,
+    rotated,
+    tile_slots,
+    unpack_params,
+)
+from kernels.gpu.launch import (
+    launch_options,
+    release_successor,
+    supports_pdl,
+    wait_for_predecessor,
+)
+from kernels.ops import AttentionMetadata, KVCache
+
+
+@triton.jit
+def _attend_tiles(
+    tile_from, tile_to, m, total, zeros, low, high, q_low, q_high, q_sum, positions, row_start,
+    k_head, v_head, k_params, v_params, table, limit, softmax_scale,
+    pool_stride_slot, params_stride_slot, columns,
+    HALF_DIM: tl.constexpr, BITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Tiles of keys; with MASKED a row sees keys from row_start to positions, both [BLOCK_M]."""
+    for tile in tl.range(tile_from, tile_to, num_stages=STAGES):
+        origin, slots = tile_slots(table, tile * BLOCK_N, limit, BLOCK_N, BLOCK_SIZE)
+        keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        tile_at = origin * pool_stride_slot
+        k_low, k_high = load_tile(
+            k_head + tile_at, slots, pool_stride_slot, columns, keys < limit,
+            HALF_DIM, BITS, DTYPE, PTX, MASKED,
+        )  # fmt: skip
+        v_low, v_high = load_tile(
+            v_head + tile_at, slots, pool_stride_slot, columns, keys < limit,
+            HALF_DIM, BITS, DTYPE, PTX, MASKED,
+        )  # fmt: skip
+        scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
+        scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
+        v_scale = 1.0
+        v_zero = 0.0
+        if BITS < 16:
+            at = (origin + slots) * params_stride_slot
+            k_word = tl.load(k_params + at, mask=keys < limit, other=0)
+            v_word = tl.load(v_params + at, mask=keys < limit, other=0)
+            k_scale, k_zero = unpack_params(k_word)
+            v_scale, v_zero = unpack_params(v_word)
+            scores = tl.fma(
+                scores, k_scale[None, :] + tl.zeros_like(scores), q_sum[:, None] * k_zero[None, :]
+            )
+        valid = (keys[None, :] <= positions[:, None]) & (keys[None, :] >= row_start[:, None])
+        m, total, zeros, low, high = attend(
+            scores, valid, m, total, zeros, low, high, v_low, v_high, v_scale, v_zero,
+            softmax_scale, BITS, MASKED, PRECISION,
+        )  # fmt: skip
+    return m, total, zeros, low, high
+
+
+@triton.jit
+def _prefill_kernel(
+    out_ptr, q_ptr, cos_ptr, sin_ptr, k_pool, v_pool, k_params, v_params,
+    block_table, cu_seqlens, seq_lens, softmax_scale, first_sequence,
+    q_stride_token, q_stride_head, rotary_stride, pool_stride_head, pool_stride_slot,
+    params_stride_head, params_stride_slot, table_stride,
+    GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    BITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    PTX: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (KV heads, tiles of the longest query, sequences)."""
+    kv_head = tl.program_id(0)
+    sequence = first_sequence + tl.program_id(2)
+    release_successor(PDL)
+    wait_for_predecessor(PDL)
+    HALF_DIM: tl.constexpr = D // 2
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    query_start = tl.load(cu_seqlens + sequence)
+    query_len = tl.load(cu_seqlens + sequence + 1) - query_start
+    seq_len = tl.load(seq_lens + sequence)
+    # The last tiles see the most keys: they start first, so that none is alone at the end.
+    tile_m = tl.cdiv(query_len, TOKENS) - 1 - tl.program_id(1)
+    if tile_m < 0:
+        return
+    rows = tl.arange(0, BLOCK_M)
+    tokens = tile_m * TOKENS + rows // GROUP
+    used = (rows < TOKENS * GROUP) & (tokens < query_len)
+    before = seq_len - query_len
+    # Padding has a length of 0 and one query at position -1, which sees nothing.
+    positions = before + tokens
+    row_start = positions * 0
+    if WINDOW > 0:
+        row_start = tl.maximum(positions - (WINDOW - 1), 0)
+    first = before + tile_m * TOKENS  # position of the tile's first token
+    limit = tl.minimum(first + TOKENS, seq_len)
+    tile_from = 0
+    if WINDOW > 0:
+        tile_from = tl.maximum(first - (WINDOW - 1), 0) // BLOCK_N
+    tile_to = tl.cdiv(limit, BLOCK_N)
+    # Up to here every row sees every key of a tile.
+    tile_full = tl.minimum(tl.maximum(first + 1, 0) // BLOCK_N, tile_to)
+    if WINDOW > 0:
+        tile_full = tile_from
+
+    columns = tl.arange(0, HALF)[None, :]
+    inside = used[:, None] & (columns < HALF_DIM)
+    flat = (query_start + tokens).to(tl.int64)
+    heads = kv_head * GROUP + rows % GROUP
+    q_rows = q_ptr + (flat * q_stride_token + heads * q_stride_head)[:, None]
+    cos = cos_ptr + (flat * rotary_stride)[:, None] if ROTARY_DIM > 0 else None
+    sin = sin_ptr + (flat * rotary_stride)[:, None] if ROTARY_DIM > 0 else None
+    q_low = rotated(q_rows, cos, sin, columns, inside, D, ROTARY_DIM).to(DTYPE)
+    q_high = rotated(q_rows, cos, sin, columns + HALF_DIM, inside, D, ROTARY_DIM).to(DTYPE)
+    q_sum = tl.zeros((BLOCK_M,), tl.float32)
+    if BITS < 16:
+        q_sum = tl.sum(q_low.to(tl.float32), 1) + tl.sum(q_high.to(tl.float32), 1)
+        k_params += kv_head.to(tl.int64) * params_stride_head
+        v_params += kv_head.to(tl.int64) * params_stride_head
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    zeros = tl.zeros((BLOCK_M,), tl.float32)
+    low = tl.zeros((BLOCK_M, HALF), tl.float32)
+    high = tl.zeros((BLOCK_M, HALF), tl.float32)
+    k_head = k_pool + kv_head.to(tl.int64) * pool_stride_head
+    v_head = v_pool + kv_head.to(tl.int64) * pool_stride_head
+    table = block_table + sequence.to(tl.int64) * table_stride
+    m, total, zeros, low, high = _attend_tiles(
+        tile_from, tile_full, m, total, zeros, low, high, q_low, q_high, q_sum, positions,
+        row_start, k_head, v_head, k_params, v_params, table, limit, softmax_scale,
+        pool_stride_slot, params_stride_slot, columns,
+        HALF_DIM, BITS, BLOCK_SIZE, BLOCK_N, STAGES, False, DTYPE, PRECISION, PTX,
+    )  # fmt: skip
+    m, total, zeros, low, high = _attend_tiles(
+        tile_full, tile_to, m, total, zeros, low, high, q_low, q_high, q_sum, positions,
+        row_start, k_head, v_head, k_params, v_params, table, limit, softmax_scale,
+        pool_stride_slot, params_stride_slot, columns,
+        HALF_DIM, BITS, BLOCK_SIZE, BLOCK_N, STAGES, True, DTYPE, PRECISION, PTX,
+    )  # fmt: skip
+    lift: tl.constexpr = 1.0 if BITS == 16 else LIFT
+    weight = (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
+    low = (low / lift + zeros[:, None]) * weight
+    high = (high / lift + zeros[:, None]) * weight
+    out = out_ptr + (flat * (tl.num_programs(0) * GROUP) + heads)[:, None] * D + columns
+    tl.store(out, low.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out + HALF_DIM, high.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def prefill_attention(
+    out: Tensor,
+    q: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    cache: KVCache,
+    metadata: AttentionMetadata,
+    scale: float,
+    window: int | None = None,
+    first_sequence: int = 0,
+    config: tuple[int, int, int, int] | None = None,
+) -> None:
+    """Attention of sequences from `first_sequence` on, into their rows of out [T, H, D].
+
+    q [T, H, D] is rotated by rotary (cos and sin, float32 [T, R]) unless that is None; the pools
+    hold the new tokens. `config`: rows and keys of a tile, warps, stages, instead of those chosen.
+    """
+    kv_heads, head_dim = cache.k.shape[0], q.shape[2]
+    group = q.shape[1] // kv_heads
+    sequences = metadata.seq_lens_k.shape[0] - first_sequence
+    # Decode rows are counted apart from the others' longest.
+    longest = max(metadata.max_query_len, 1 if metadata.num_decodes > first_sequence else 0)
+    if sequences == 0 or longest == 0:
+        return
+    dtype = dot_dtype(q, cache)
+    block_m, block_n, warps, stages = config or _config(
+        64 if metadata.batch_invariant else longest * group, cache.bits, head_dim, dtype
+    )
+    block_m = max(block_m, triton.next_power_of_2(group))
+    cos, sin = rotary if rotary is not None else (None, None)
+    k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
+    pdl = supports_pdl(q)
+    grid = (kv_heads, triton.cdiv(longest, block_m // group), sequences)
+    _prefill_kernel[grid](
+        out, q, cos, sin, cache.k, cache.v, k_params, v_params,
+        metadata.block_table, metadata.cu_seqlens_q, metadata.seq_lens_k, scale * LOG2_E,
+        first_sequence, q.stride(0), q.stride(1), 0 if cos is None else cos.stride(0),
+        cache.k.stride(0), cache.k.stride(1),
+        *((0, 0) if k_params is None else k_params.stride()),
+        metadata.block_table.stride(0),
+        group, head_dim, half_columns(head_dim), 0 if cos is None else cos.shape[-1],
+        cache.bits, metadata.block_size, window or 0, block_m, block_n, stages,
+        TL_DTYPES[dtype], "ieee" if dtype == torch.float32 else "tf32",
+        q.is_cuda and dtype == torch.float16, pdl,
+        num_warps=warps, **launch_options(pdl),
+    )  # fmt: skip
+
+
+def _config(rows: int, bits: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Rows and keys of a tile, warps, pipeline stages, for at most `rows` rows a sequence."""
+    if dtype == torch.float32:
+        return 16 if rows <= 16 else 32, 32, 4, 1
+    if rows <= 16:
+        return 16, 64, 4, 2
+    if head_dim > 128:
+        return 64, 32, 4, 2
+    if rows <= 64:
+        return 64, 64, 4, 2
+    return 128, 64, 8, 2
