@@ -4,6 +4,7 @@ python app.py [MODEL]                          page and API on one port; the bun
 python app.py serve api_server MODEL           the API alone
 python app.py serve gradio http://HOST:PORT    the page over a remote api_server
 python app.py chat MODEL                       in the terminal
+python app.py benchmark profile_generation MODEL   how fast it is; docs/benchmarking.md
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from backend import config
+from backend.benchmark.commands import add_commands
 from backend.config import EngineConfig, SamplingParams, ServerConfig
 from backend.errors import UserError
 
@@ -53,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         UserError: an unknown flag, or a value of the wrong kind.
     """
-    if not argv or argv[0] not in ("run", "serve", "chat", "-h", "--help"):
+    if not argv or argv[0] not in ("run", "serve", "chat", "benchmark", "-h", "--help"):
         argv = ["run", *argv]
     flags = [word.partition("=") for word in argv]
     argv = [
@@ -74,6 +76,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     chat = _command(commands, "chat", "in the terminal", run_chat, EngineConfig, SamplingParams)
     chat.add_argument("--system", help="system prompt")
     chat.add_argument("--api-key", default="", help="key of the api_server, if MODEL is a URL")
+    names = "profile_generation|profile_throughput|profile_restful_api"
+    benchmark = commands.add_parser("benchmark", help="how fast a model or a server is")
+    add_commands(benchmark.add_subparsers(required=True, metavar=names))
     return parser.parse_args(argv)
 
 

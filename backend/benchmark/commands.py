@@ -1,0 +1,68 @@
+"""The command lines of the benchmarks; what runs them is imported only when it is run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from backend.config import EngineConfig, add_arguments
+
+
+def add_commands(group: Any) -> None:
+    """Add one subcommand for each benchmark to argparse's `group` of subparsers."""
+    sub = _engine_command(
+        group, "profile_generation", "equal streams: throughput and token latency", _generation
+    )
+    sub.add_argument("--concurrency", type=count, nargs="+", default=[1], help="streams at once")
+    text = "lengths of prompts; pairs with --completion-tokens one by one"
+    sub.add_argument("--prompt-tokens", type=count, nargs="+", default=[1], help=text)
+    text = "lengths of replies"
+    sub.add_argument("--completion-tokens", type=count, nargs="+", default=[512], help=text)
+    text = "rounds that are measured (default: 3)"
+    sub.add_argument("--rounds", type=count, default=3, help=text)
+    text = "rounds before them (default: 1)"
+    sub.add_argument("--warmup-rounds", type=count_or_none, default=1, help=text)
+
+
+def _engine_command(group: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+    """A benchmark of an engine that it starts itself."""
+    sub = group.add_parser(name, help=text, description=text, allow_abbrev=False)
+    sub.set_defaults(run=run)
+    add_arguments(sub, EngineConfig)
+    text = "instead of MODEL: make a model of this shape with random weights, and keep it"
+    sub.add_argument("--random-weights", metavar="SHAPE", help=text)
+    text = "where to keep it (default: lmdesk/random-weights in the user's cache)"
+    sub.add_argument("--random-weights-dir", metavar="DIR", help=text)
+    text = "of the random weights: 4 bits in groups of 128 (default: 16 bit)"
+    sub.add_argument("--quantization", choices=("awq",), help=text)
+    text = "run the engine in this process instead of a child"
+    sub.add_argument("--inline", action="store_true", help=text)
+    sub.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
+    sub.add_argument("--top-p", type=float, default=1.0, help="default: 1")
+    sub.add_argument("--top-k", type=int, default=0, help="default: 0, all")
+    _common(sub)
+    return sub
+
+
+def _common(sub: argparse.ArgumentParser) -> None:
+    text = "of the random prompts (default: 0)"
+    sub.add_argument("--random-seed", type=int, default=0, help=text)
+    sub.add_argument("--csv", metavar="FILE", help="write the table to this file too")
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 expected, not {text!r}")
+    return int(text)
+
+
+def count_or_none(text: str) -> int:
+    """A whole number from 0."""
+    return 0 if text == "0" else count(text)
+
+
+async def _generation(args: argparse.Namespace) -> int:
+    from backend.benchmark.profile_generation import run
+
+    return await run(args)

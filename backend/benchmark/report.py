@@ -1,0 +1,106 @@
+"""Tables on the terminal, the same rows as CSV, and what a figure is traced by."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from backend.errors import UserError
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def format_value(value: Any) -> str:
+    """A cell: three or four significant digits, "-" where there is no value."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, float):
+        digits = 3 if abs(value) < 1 else 2 if abs(value) < 100 else 1
+        return f"{value:.{digits}f}"
+    return str(value)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of one set of columns, aligned to the right."""
+    names = list(rows[0])
+    cells = [names, *([format_value(row[name]) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def check_csv(path: str | None) -> None:
+    """Find out before the measurement, not after it, whether its file can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path is None:
+        return
+    try:
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def write_csv(path: str, rows: Sequence[dict[str, Any]], trace: dict[str, str]) -> None:
+    """Write `rows`, each followed by `trace`, over what the file held.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *trace])
+            writer.writeheader()
+            writer.writerows({**row, **trace} for row in rows)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def software() -> dict[str, str]:
+    """Versions that a figure depends on, without importing what they are of."""
+    return {
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "triton": _version("triton"),
+        "command": " ".join(sys.argv[1:]),
+    }
+
+
+def git_commit() -> str:
+    """Commit of this checkout, "+changes" behind it if files differ; "unknown" without git."""
+
+    def git(*words: str) -> str:
+        run = subprocess.run(
+            ["git", *words], cwd=PROJECT, capture_output=True, text=True, timeout=10, check=True
+        )
+        return run.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _unwritable(path: str, error: OSError) -> UserError:
+    return UserError(
+        f"The CSV file {path} cannot be written: {error.strerror}.", "Check the path after --csv."
+    )
