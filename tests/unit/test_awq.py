@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from backend.errors import UserError
+from backend.layers.methods import awq
 from backend.layers.methods.awq import AWQMethod
 from backend.layers.parallel import ParallelContext
 from backend.models import loader
@@ -122,6 +123,23 @@ def test_fused_layers_are_one_packed_matrix(folder, packed):
         qkv, gate_up = layer.self_attn.qkv_proj, layer.mlp.gate_up_proj
         assert torch.equal(dequantize_w4(qkv.w4), fused(tensors, index, *QKV))
         assert torch.equal(dequantize_w4(gate_up.w4), fused(tensors, index, *GATE_UP))
+
+
+def test_sizes_that_are_no_whole_tiles_and_more_outputs_than_are_unpacked_at_a_time(
+    tmp_path, packed, monkeypatch
+):
+    monkeypatch.setattr(awq, "RUN_OUTPUTS", 64)
+    make_checkpoint(tmp_path, "llama", intermediate_size=160, num_key_value_heads=1)
+    tensors = quantize_checkpoint(tmp_path)
+    layer = load(tmp_path).layers[0]
+    qkv, gate_up = fused(tensors, 0, *QKV), fused(tensors, 0, *GATE_UP)
+    assert qkv.shape[0] == 96 and gate_up.shape[0] == 320
+    assert torch.equal(dequantize_w4(layer.self_attn.qkv_proj.w4), qkv)
+    assert torch.equal(dequantize_w4(layer.mlp.gate_up_proj.w4), gate_up)
+    down = tensors["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(dequantize_w4(layer.mlp.down_proj.w4), down)
+    monkeypatch.setattr(loader, "linear_method", lambda *_: AWQMethod(GROUP, (), torch.float32))
+    assert torch.equal(load(tmp_path).layers[0].mlp.gate_up_proj.weight, gate_up)
 
 
 def test_products_with_packed_weights(folder, packed):

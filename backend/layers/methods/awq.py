@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,12 @@ from backend.errors import UserError
 from backend.layers.linear_method import LinearMethod, LinearWeight
 from backend.layers.methods.unquantized import UnquantizedMethod
 from kernels import ops
-from kernels.packing import W4Weight, pack_w4, unpack_awq
+from kernels.packing import TILE_COLUMNS, TILE_ROWS, WORDS, W4Weight, pack_w4, unpack_awq
 
 WORD_OUTPUTS = 8  # 4-bit numbers in an int32
+# Outputs unpacked at a time: temporaries are then 200 MB at most in a 7B model, whose weights fill
+# the memory already. Whole tiles, whole words.
+RUN_OUTPUTS = 2048
 
 
 class AWQMethod(LinearMethod):
@@ -76,15 +79,12 @@ class AWQMethod(LinearMethod):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         qweight, qzeros, scales = (_take(layer, name) for name in ("qweight", "qzeros", "scales"))
-        q, zeros = unpack_awq(qweight), unpack_awq(qzeros)  # uint8 [in, out], [groups, out]
-        del qweight, qzeros  # the peak is this layer's, not twice the model's
         if self.dequantize_to is not None:
-            weight = torch.empty(q.shape[::-1], dtype=self.dequantize_to, device=q.device)
-            weight.copy_(dequantize(q, scales, zeros).t())
+            weight = _dequantize(qweight, qzeros, scales, self.dequantize_to)
             layer.weight = nn.Parameter(weight, requires_grad=False)
             self.unquantized.process_weights_after_loading(layer)
             return
-        packed = pack_w4(q.t(), scales.t(), zeros.t(), self.group_size)
+        packed = _pack(qweight, qzeros, scales, self.group_size)
         layer.w4 = packed  # type: ignore[assignment]
         # Parameters too, so that a model's bytes can be counted.
         layer.qweight = nn.Parameter(packed.qweight, requires_grad=False)
@@ -101,11 +101,45 @@ class AWQMethod(LinearMethod):
         return ops.gated_linear_w4(x, _packed(layer), bool(layer.batch_invariant))
 
 
-def dequantize(q: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """(q - zero) * scale, float32 [in, out], of uint8 [in, out] and [groups, out] each."""
-    grouped = q.view(scales.shape[0], -1, q.shape[1]).float()
-    weight = grouped.sub_(zeros.unsqueeze(1)).mul_(scales.float().unsqueeze(1))
-    return weight.flatten(0, 1)
+def _runs(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """A layer's tensors as (outputs, q uint8 [in, n], zeros uint8 and scales [groups, n])."""
+    for start in range(0, scales.shape[1], RUN_OUTPUTS):
+        words = slice(start // WORD_OUTPUTS, (start + RUN_OUTPUTS) // WORD_OUTPUTS)
+        outputs = slice(start, min(start + RUN_OUTPUTS, scales.shape[1]))
+        yield (
+            outputs,
+            unpack_awq(qweight[:, words]),
+            unpack_awq(qzeros[:, words]),
+            scales[:, outputs],
+        )
+
+
+def _pack(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> W4Weight:
+    inputs, rows = qweight.shape[0], scales.shape[1]
+    row_tiles, column_tiles = -(-rows // TILE_ROWS), -(-inputs // TILE_COLUMNS)
+    groups = column_tiles * TILE_COLUMNS // group_size
+    # The result is taken first: it fits where the layer before had its checkpoint's tensors,
+    # and no temporary's block is broken up for it.
+    words = qweight.new_empty(row_tiles, column_tiles, TILE_ROWS, WORDS)
+    scale_zero = qweight.new_empty(row_tiles, groups, TILE_ROWS)
+    for outputs, q, zeros, part in _runs(qweight, qzeros, scales):
+        packed = pack_w4(q.t(), part.t(), zeros.t(), group_size)
+        tiles = slice(outputs.start // TILE_ROWS, -(-outputs.stop // TILE_ROWS))
+        words[tiles] = packed.qweight
+        scale_zero[tiles] = packed.scale_zero
+    return W4Weight(words, scale_zero, group_size, rows, inputs)
+
+
+def _dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """(q - zero) * scale, computed in float32: [out, in]."""
+    weight = scales.new_empty(scales.shape[1], qweight.shape[0], dtype=dtype)
+    for outputs, q, zeros, part in _runs(qweight, qzeros, scales):
+        grouped = q.view(part.shape[0], -1, q.shape[1]).float()  # [groups, group_size, n]
+        grouped = (grouped - zeros.unsqueeze(1)) * part.float().unsqueeze(1)
+        weight[outputs] = grouped.flatten(0, 1).t()
+    return weight
 
 
 def _take(layer: nn.Module, name: str) -> Tensor:
