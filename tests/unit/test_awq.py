@@ -17,6 +17,7 @@ from backend.layers.parallel import ParallelContext
 from backend.models import loader
 from backend.models.loader import build_model, check_dtype, load_model
 from backend.models.registry import read_model_config
+from kernels import ops
 from kernels.packing import dequantize_w4, pack_awq
 from tests.tiny_model import make_checkpoint
 
@@ -153,6 +154,29 @@ def test_products_with_packed_weights(folder, packed):
     torch.testing.assert_close(layer.mlp.gate_up_proj.gated(x), gated)
     down = tensors["model.layers.1.mlp.down_proj.weight"]
     torch.testing.assert_close(layer.mlp.down_proj(gated), gated @ down.t())
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_batch_invariance_reaches_the_kernels(folder, packed, monkeypatch, batch_invariant):
+    quantize_checkpoint(folder)
+    decoder, _ = load_model(
+        str(folder), torch.float32, CPU, ParallelContext(), batch_invariant=batch_invariant
+    )
+    seen = []
+
+    def linear_w4(x, weight, bias, batch_invariant=False):
+        seen.append(batch_invariant)
+        return x.new_zeros(len(x), weight.out_features)
+
+    def gated_linear_w4(x, weight, batch_invariant=False):
+        return linear_w4(x, weight, None, batch_invariant)
+
+    monkeypatch.setattr(ops, "linear_w4", linear_w4)
+    monkeypatch.setattr(ops, "gated_linear_w4", gated_linear_w4)
+    layer, x = decoder.layers[0], torch.zeros(1, 64)
+    layer.self_attn.qkv_proj(x), layer.mlp.gate_up_proj.gated(x)
+    assert seen == [batch_invariant] * 2
+    assert decoder.lm_head.batch_invariant == batch_invariant
 
 
 def test_gated_products_of_other_formats(folder):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -126,6 +128,30 @@ def test_random_weights_are_seeded(made):
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
     assert torch.isfinite(weights(1)).all()
+
+
+class Screen(io.StringIO):
+    """Standard error on a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_progress_is_drawn_on_a_terminal_only(made, monkeypatch):
+    screen, file = Screen(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    load(made / "sharded")
+    assert "Loading weights: 100%" in screen.getvalue()
+    monkeypatch.setattr(sys, "stderr", file)
+    load(made / "sharded")
+    assert file.getvalue() == ""
+
+
+def test_only_the_first_rank_draws(made, monkeypatch):
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    load_model(str(made / "whole"), torch.float32, CPU, ParallelContext(1, 2))
+    assert screen.getvalue() == ""
 
 
 def test_finiteness():

@@ -25,6 +25,9 @@ class AWQMethod(LinearMethod):
     qweight is [in_features, out_features / 8], the others have a row a group of inputs. After
     loading, a layer keeps either one W4Weight (`layer.w4`, in 4 bits) or, with `dequantize_to`,
     an ordinary `weight` of that dtype: correct anywhere, but as large and as fast as 16 bits.
+    (torch's own 4-bit product for CPUs gains for one row only. 2 cores with AMX, torch 2.13,
+    4096 x 4096, bfloat16, against the unpacked weight's, ms: 1 row 2.7 and 7.8, 4 rows 10.3 and
+    7.9, 256 rows 104 and 16.)
 
     Args:
         group_size: inputs that share a scale and a zero: 32, 64 or 128.
