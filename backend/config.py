@@ -58,12 +58,30 @@ class EngineConfig:
         2048, "tokens one step computes at most; longer prompts go in chunks", low=16, high=1 << 20
     )
     cache_max_entry_count: float = option(
-        0.8, "KV cache: below 1 a share of the free memory, from 1 a number of blocks", low=0.001
+        0.8,
+        "KV cache: below 1 a share of the memory that is free once the weights are loaded, from 1 "
+        "a number of blocks",
+        low=0.001,
+    )
+    kv_cache_gb: float | None = option(
+        None, "KV cache in GB (10^9 bytes) a GPU, instead of cache_max_entry_count", low=0.001
+    )
+    kv_cache_tokens: int | None = option(
+        None, "KV cache in tokens, instead of cache_max_entry_count", low=16
+    )
+    quant_policy: int = option(
+        0,
+        "KV cache: 0 in the model's number format, 8 in int8, 4 in int4, scaled by token and head",
+        choices=(0, 4, 8),
     )
     cache_block_seq_len: int = option(
         64, "tokens in one KV block, the unit of prefix reuse", choices=(8, 16, 32, 64, 128, 256)
     )
     enable_prefix_caching: bool = option(True, "reuse the KV of prompts' common beginnings")
+    eager_mode: bool = option(False, "on a GPU, no CUDA graphs: slower; starts a little sooner")
+    batch_invariant: bool = option(
+        False, "the same reply to the bit whatever else runs beside it; slower"
+    )
 
 
 @dataclass(frozen=True)
@@ -105,6 +123,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         validate(self)
+
+    @property
+    def reads_reply(self) -> bool:
+        """Whether the next token's distribution depends on which tokens the reply has so far."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
 
 
 @dataclass(frozen=True)

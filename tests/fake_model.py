@@ -28,6 +28,8 @@ def fake_info(
         max_batch_size=max_batch_size,
         num_blocks=num_blocks,
         block_size=block_size,
+        kv_bits=32,
+        quantization="",
         weight_bytes=0,
         kv_bytes_per_token=1,
         tp=1,
@@ -40,6 +42,8 @@ class FakeRunner:
     A step takes at least `step_s` seconds, as a real model's would.
     """
 
+    max_ahead = 0
+
     def __init__(
         self, info: ModelInfo, next_token: Callable[[Sequence], int], step_s: float = 0.0
     ) -> None:
@@ -47,7 +51,7 @@ class FakeRunner:
         self._next_token = next_token
         self._step_s = step_s
 
-    def execute(self, batch: Batch) -> list[SampledToken]:
+    def launch(self, batch: Batch) -> list[SampledToken]:
         if self._step_s:
             time.sleep(self._step_s)
         sampled = []
@@ -61,6 +65,9 @@ class FakeRunner:
                     logprob = TokenLogprob(token, 0.0, top)
                 sampled.append(SampledToken(token, logprob))
         return sampled
+
+    def collect(self, launched: list[SampledToken]) -> list[SampledToken]:
+        return launched
 
     def close(self) -> None:
         """Nothing is held."""
@@ -87,31 +94,54 @@ class CheckingRunner(FakeRunner):
 
     Every step reads all slots of its sequences back, as attention would, and insists that they
     hold these sequences' histories.
+
+    Args:
+        max_ahead: 1 plays a device that computes beside the host: tokens stay with it until they
+            are collected, and the next step reads them by their rows.
     """
 
-    def __init__(self, info: ModelInfo) -> None:
+    def __init__(self, info: ModelInfo, max_ahead: int = 0) -> None:
         super().__init__(info, lambda seq: hashed(seq, info.vocab_size))
+        self.max_ahead = max_ahead
         self.pool: dict[int, int] = {}
+        self._last_drawn: list[int] = []
+        self._unknown: dict[str, list[int]] = {}  # request -> tokens that the host lacks
 
-    def execute(self, batch: Batch) -> list[SampledToken]:
+    def launch(self, batch: Batch) -> list[tuple[str, SampledToken]]:
         step = prepare(batch, self.info.block_size)
         written = list(step.slot_mapping)
         assert len(set(written)) == len(written), "two tokens written to one slot"
-        at = 0
-        for item in batch.scheduled:
+        at, drawn = 0, []
+        for item, runs in zip(batch.scheduled, step.kv_runs):
             seq = item.sequence
+            unknown = self._unknown.setdefault(seq.request_id, [])
+            assert len(unknown) == seq.num_pending_tokens
+            tokens = [*seq.token_ids, *unknown]
             for offset in range(item.num_tokens):
                 position = seq.num_computed_tokens + offset
-                self.pool[written[at]] = hash(tuple(seq.token_ids[: position + 1]))
+                given = step.token_ids[at]
+                token = given if given >= 0 else self._last_drawn[-1 - given]
+                assert token == tokens[position]
+                self.pool[written[at]] = hash(tuple(tokens[: position + 1]))
                 at += 1
-        for item, runs in zip(batch.scheduled, step.kv_runs):
+            end = seq.num_computed_tokens + item.num_tokens
             slots = [slot for first, count in runs for slot in range(first, first + count)]
-            end = item.sequence.num_computed_tokens + item.num_tokens
             assert len(slots) == end
             for position, slot in enumerate(slots):
-                history = tuple(item.sequence.token_ids[: position + 1])
+                history = tuple(tokens[: position + 1])
                 assert self.pool.get(slot) == hash(history), "a slot holds another's KV"
-        return super().execute(batch)
+            if item.samples:
+                assert end == len(tokens)
+                token = hash(tuple(tokens)) % self.info.vocab_size
+                unknown.append(token)
+                drawn.append((seq.request_id, SampledToken(token)))
+        self._last_drawn = [token.token_id for _, token in drawn]
+        return drawn
+
+    def collect(self, launched: list[tuple[str, SampledToken]]) -> list[SampledToken]:
+        for request_id, token in launched:
+            assert self._unknown[request_id].pop(0) == token.token_id
+        return [token for _, token in launched]
 
 
 def fake_engine(config: EngineConfig, eos_token_id: int = 257, step_s: float = 0.0) -> Engine:

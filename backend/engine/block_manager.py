@@ -88,7 +88,7 @@ class BlockManager:
 
     def mark_computed(self, seq: Sequence) -> None:
         """Make the blocks that `num_computed_tokens` fills known as a prefix for others."""
-        full = seq.num_computed_tokens // self.block_size
+        full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
         if not self.enable_prefix_caching or full <= seq.num_hashed_blocks:
             return
         hashes = self._hashes(seq, full)
@@ -110,8 +110,9 @@ class BlockManager:
                 self.num_free += 1
             else:
                 self._cached[block] = None
-        seq.block_table.clear()
-        seq.block_runs.clear()
+        # New lists, because a step that was prepared may still hold the old ones.
+        seq.block_table = []
+        seq.block_runs = []
         seq.num_computed_tokens = 0
         seq.num_hashed_blocks = 0
 

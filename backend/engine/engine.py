@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from typing import Protocol
+from collections import deque
+from typing import Any, Protocol
 
 from backend.engine.block_manager import BlockManager
 from backend.engine.scheduler import Scheduler
@@ -14,17 +16,30 @@ from backend.engine.types import (
     Request,
     SampledToken,
     Sequence,
+    StepOutOfMemoryError,
     StepOutput,
 )
+
+log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
     """What the engine needs of a model: `ModelRunner`, or a fake in tests."""
 
     info: ModelInfo
+    # Steps that may be under way while the next is scheduled: 1 where a device computes beside
+    # the host, else 0.
+    max_ahead: int
 
-    def execute(self, batch: Batch) -> list[SampledToken]:
-        """Compute the batch's tokens and draw one for each scheduled sequence that samples."""
+    def launch(self, batch: Batch) -> Any:
+        """Start computing the batch, and drawing a token for each sequence that samples.
+
+        Raises:
+            StepOutOfMemoryError: the device has no room for it; nothing was started.
+        """
+
+    def collect(self, launched: Any) -> list[SampledToken]:
+        """Wait for what `launch` returned; its tokens, in the order of those that sample."""
 
     def close(self) -> None:
         """Give back what is not this object's own memory, as further ranks."""
@@ -53,6 +68,7 @@ class Engine:
         blocks = BlockManager(info.num_blocks, info.block_size, enable_prefix_caching)
         self.scheduler = Scheduler(blocks, info.max_batch_size, max_step_tokens)
         self._random = random_source or random.Random()
+        self._under_way: deque[tuple[Batch, Any]] = deque()  # launched, not accounted for
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Its tokens and limits were checked by whoever made it.
@@ -86,13 +102,50 @@ class Engine:
         self.scheduler.abort(request_id)
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        return self.scheduler.has_work() or bool(self._under_way)
 
     def stats(self) -> EngineStats:
         return self.scheduler.gauges()
 
     def step(self) -> list[StepOutput]:
-        """Compute one batch; returns what it brought: nothing for prompts still partial."""
+        """Launch one batch, and account for the oldest that was launched; returns what it brought.
+
+        A device computes one batch while the host schedules the next, unless a sequence's next
+        token depends on its last in ways that only the host can work out.
+        """
         batch = self.scheduler.schedule()
-        sampled = self.runner.execute(batch) if batch.scheduled else []
-        return self.scheduler.update(batch, sampled)
+        if batch.scheduled:
+            try:
+                launched = self.runner.launch(batch)
+            except StepOutOfMemoryError as error:
+                return self._make_do(batch, str(error))
+            self.scheduler.launched(batch)
+            self._under_way.append((batch, launched))
+        runs_ahead = bool(batch.scheduled) and not self.scheduler.needs_replies()
+        return self._account(down_to=self.runner.max_ahead if runs_ahead else 0)
+
+    def _account(self, down_to: int) -> list[StepOutput]:
+        """Wait for the oldest steps, until so many are under way."""
+        outputs = []
+        while len(self._under_way) > down_to:
+            batch, launched = self._under_way.popleft()
+            outputs += self.scheduler.update(batch, self.runner.collect(launched))
+        return outputs
+
+    def _make_do(self, batch: Batch, reason: str) -> list[StepOutput]:
+        """A batch for which the device has no room: smaller steps from now on.
+
+        The request that finds no room even alone fails; the limits are then back, because it was
+        the one that did not fit.
+        """
+        outputs = self._account(down_to=0)
+        scheduled = [item.sequence for item in batch.scheduled if not item.sequence.is_finished]
+        if scheduled and not self.scheduler.shrink(batch):
+            outputs.append(self.scheduler.fail(scheduled[0], reason))
+            self.scheduler.unshrink()
+        scheduler = self.scheduler
+        log.warning(
+            "%s From now on at most %d tokens a step, of at most %d sequences.",
+            reason, scheduler.max_step_tokens, scheduler.max_batch_size,
+        )  # fmt: skip
+        return outputs

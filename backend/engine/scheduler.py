@@ -37,6 +37,7 @@ class Scheduler:
         self.blocks = blocks
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max(max_step_tokens, max_batch_size)
+        self._limits = (self.max_batch_size, self.max_step_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: dict[str, Sequence] = {}  # in order of admission
         self.stats = EngineStats()
@@ -51,16 +52,22 @@ class Scheduler:
         """Forget a request and free its blocks at once; False if it is not here (any more)."""
         seq = self.running.pop(request_id, None)
         if seq is not None:
+            seq.is_finished = True
             self.blocks.release(seq)
             return True
         for seq in self.waiting:
             if seq.request_id == request_id:
+                seq.is_finished = True
                 self.waiting.remove(seq)
                 return True
         return False
 
     def schedule(self) -> Batch:
-        """The next step's work: decodes, then prompts begun, then new prompts."""
+        """The next step's work: decodes, then prompts begun, then new prompts.
+
+        The steps launched before need not have been accounted for by `update`: their sequences go
+        on as if no token that is still unknown ended a reply.
+        """
         scheduled: list[ScheduledSequence] = []
         budget = self.max_step_tokens
         preemptions = self.stats.num_preemptions
@@ -69,7 +76,7 @@ class Scheduler:
                 scheduled.append(ScheduledSequence(seq, 1, True))
                 budget -= 1
         for seq in self.running.values():
-            if budget and seq.num_computed_tokens < len(seq.token_ids) - 1:
+            if budget and seq.num_computed_tokens < seq.num_tokens - 1:
                 scheduled.append(self._piece(seq, budget))
                 budget -= scheduled[-1].num_tokens
         # Who was just put out must not come back in the same step.
@@ -81,20 +88,63 @@ class Scheduler:
                     break
         return Batch(scheduled)
 
+    def launched(self, batch: Batch) -> None:
+        """Note that a batch is being computed, so that the next one can be scheduled."""
+        row = 0
+        for item in batch.scheduled:
+            seq = item.sequence
+            seq.num_computed_tokens += item.num_tokens
+            if item.samples:
+                seq.num_pending_tokens += 1
+                seq.drawn_row = row
+                row += 1
+
     def update(self, batch: Batch, sampled: list[SampledToken]) -> list[StepOutput]:
         """Account for a computed step; `sampled` in the order of the sequences that sample."""
         outputs = []
         tokens = iter(sampled)
         for item in batch.scheduled:
             seq = item.sequence
-            seq.num_computed_tokens += item.num_tokens
-            self.blocks.mark_computed(seq)
-            if item.samples:
-                outputs.append(self._take_token(seq, next(tokens)))
+            drawn = next(tokens) if item.samples else None
+            if seq.is_finished:
+                continue  # while this step was on its way
+            if drawn is not None:
+                seq.num_pending_tokens -= 1
+                outputs.append(self._take_token(seq, drawn))
+            else:
+                self.blocks.mark_computed(seq)
         stats = self.stats
         stats.num_steps += 1
         stats.num_output_tokens += len(outputs)
         return outputs
+
+    def fail(self, seq: Sequence, error: str) -> StepOutput:
+        """End a request that cannot go on, wherever it is."""
+        self.abort(seq.request_id)
+        return StepOutput(seq.request_id, [], "error", error=error)
+
+    def shrink(self, batch: Batch) -> bool:
+        """Make the steps from now on smaller than this one, which did not fit on the device.
+
+        Fewer tokens a step first; then fewer sequences, of which the last admitted waits. False
+        if the batch is one sequence with as few tokens as may be.
+        """
+        if batch.num_tokens > self.max_batch_size:
+            self.max_step_tokens = max(batch.num_tokens // 2, self.max_batch_size)
+            return True
+        if len(self.running) > 1:
+            self.max_batch_size = len(self.running) - 1
+            self.preempt(next(reversed(self.running.values())))
+            return True
+        return False
+
+    def unshrink(self) -> None:
+        """Back to the limits of the start."""
+        self.max_batch_size, self.max_step_tokens = self._limits
+
+    def needs_replies(self) -> bool:
+        """Whether some running sequence's next token depends on the host's knowing its last."""
+        return any(seq.request.sampling.reads_reply for seq in self.running.values())
 
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's blocks; it waits at the head of the queue."""
@@ -113,16 +163,20 @@ class Scheduler:
         return stats
 
     def _decoding(self) -> list[Sequence]:
-        """Sequences that lack only their last token; a copy, because preemption changes queues."""
+        """Sequences that lack only their last token; a copy, because preemption changes queues.
+
+        Not those whose last token is on its way already.
+        """
         return [
             seq
             for seq in self.running.values()
-            if seq.num_computed_tokens == len(seq.token_ids) - 1
+            if seq.num_computed_tokens == seq.num_tokens - 1
+            and seq.num_output_tokens + seq.num_pending_tokens < seq.max_tokens
         ]
 
     def _make_room(self, seq: Sequence) -> bool:
         """Room for one more token, if need be at the cost of the sequences admitted last."""
-        while not self.blocks.grow(seq, len(seq.token_ids)):
+        while not self.blocks.grow(seq, seq.num_tokens):
             victim = next(reversed(self.running.values()))
             self.preempt(victim)
             if victim is seq:
@@ -137,6 +191,8 @@ class Scheduler:
         """Admit waiting sequences while they fit, leaving a block to each that runs already."""
         while self.waiting and len(self.running) < self.max_batch_size:
             seq = self.waiting[0]
+            if seq.num_pending_tokens:  # preempted a moment ago; all its tokens must be known
+                return
             if not self.blocks.attach(seq, reserve=len(self.running)):
                 return
             self.waiting.popleft()
@@ -164,6 +220,7 @@ class Scheduler:
             )
         else:
             seq.token_ids.append(drawn.token_id)
+            self.blocks.mark_computed(seq)
             if drawn.token_id in seq.stop_ids and seq.num_output_tokens > (
                 seq.request.sampling.min_tokens
             ):
@@ -172,6 +229,5 @@ class Scheduler:
                 reason = "length"
         if reason is not None:
             output.finish_reason = reason
-            del self.running[seq.request_id]
-            self.blocks.release(seq)
+            self.abort(seq.request_id)
         return output

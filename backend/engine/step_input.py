@@ -14,7 +14,10 @@ def prepare(batch: Batch, block_size: int) -> StepInput:
         seq = item.sequence
         start = seq.num_computed_tokens
         end = start + item.num_tokens
-        step.token_ids += seq.token_ids[start:end]
+        if seq.num_pending_tokens:
+            step.token_ids.append(-1 - seq.drawn_row)
+        else:
+            step.token_ids += seq.token_ids[start:end]
         step.positions += range(start, end)
         step.slot_mapping += _slots(seq, start, end, block_size)
         step.query_lens.append(item.num_tokens)

@@ -15,6 +15,10 @@ from backend.config import SamplingParams
 FinishReason = Literal["stop", "length", "error"]
 
 
+class StepOutOfMemoryError(Exception):
+    """The device has no room for a step; nothing of it was started."""
+
+
 @dataclass(slots=True)
 class Request:
     """One reply to produce.
@@ -66,8 +70,9 @@ class StepOutput:
 class Sequence:
     """A request at work: its tokens, how many of them have KV, and where that KV lies.
 
-    `token_ids` is prompt plus reply. The next forward pass computes positions
-    `num_computed_tokens ...`; once they reach `len(token_ids)`, a new token is drawn.
+    `token_ids` is prompt plus reply, as far as the host knows it; `num_pending_tokens` more were
+    drawn (or are being drawn) on the device. The next forward pass computes positions
+    `num_computed_tokens ...`; once they reach `num_tokens`, a new token is drawn.
     """
 
     request: Request
@@ -75,7 +80,10 @@ class Sequence:
     stop_ids: frozenset[int]
     max_tokens: int  # of the reply; bounded by the context
     random: random.Random  # this request's own, so that a seed means the same in any batch
-    num_computed_tokens: int = 0
+    num_computed_tokens: int = 0  # computed, or launched to be
+    num_pending_tokens: int = 0
+    drawn_row: int = 0  # where the last launched step draws this one's token
+    is_finished: bool = False  # or aborted: what is still on its way is dropped
     was_admitted: bool = False  # before; if again, it comes back after preemption
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -86,6 +94,11 @@ class Sequence:
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and reply, with what the host does not know yet."""
+        return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -120,13 +133,24 @@ class Batch:
 
 
 @dataclass(slots=True)
+class DrawParams:
+    """What `kernels.ops.sample` draws with, a number a row; top_k 0 means all."""
+
+    temperature: list[float] = field(default_factory=list)
+    top_k: list[int] = field(default_factory=list)
+    top_p: list[float] = field(default_factory=list)
+    min_p: list[float] = field(default_factory=list)
+    uniform: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class StepInput:
     """A batch as plain numbers, the same for every tensor parallel rank.
 
     T tokens of S sequences one after another; `kv_runs` as in `kernels.ops.AttentionMetadata`.
     """
 
-    token_ids: list[int]  # [T]
+    token_ids: list[int]  # [T]; -1 - row: the token that the step before draws in that row
     positions: list[int]  # [T]
     slot_mapping: list[int]  # [T]
     query_lens: list[int]  # [S]
@@ -134,6 +158,8 @@ class StepInput:
     kv_runs: list[list[tuple[int, int]]]  # [S]
     block_tables: list[list[int]]  # [S]
     sample_rows: list[int]  # tokens whose logits are wanted
+    # How the device draws from them; None: rank 0 draws, for what the device cannot do.
+    draw: DrawParams | None = None
 
 
 @dataclass(slots=True)
@@ -159,6 +185,8 @@ class ModelInfo:
     max_batch_size: int
     num_blocks: int
     block_size: int
+    kv_bits: int  # of an element of the KV cache
+    quantization: str  # of the weights, such as awq; empty if there is none
     weight_bytes: int  # on this device, all ranks together
     kv_bytes_per_token: int
     tp: int

@@ -106,7 +106,7 @@ def compute(connection: Connection, start: messages.StartRank) -> None:
         connection.poll(5.0)
         return
     while True:
-        runner.forward(messages.decode_step_input(connection.recv_bytes()))
+        runner.compute(messages.decode_step_input(connection.recv_bytes()))
 
 
 def main(argv: list[str], build: Callable[[EngineConfig], Engine] | None = None) -> int:

@@ -1,15 +1,15 @@
-"""Attention of one layer. The KV pools and the batch's layout come as arguments."""
+"""Attention of one layer. The KV pool and the batch's layout come as arguments."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from kernels import ops
-from kernels.ops import AttentionMetadata
+from kernels.ops import AttentionMetadata, KVCache
 
 
 class Attention(nn.Module):
-    """Stores the new tokens' K and V, then attends over all of them.
+    """Rotates the new tokens' Q and K, stores K and V, then attends over all tokens.
 
     Args:
         scale: of the scores, usually head_dim ** -0.5.
@@ -26,10 +26,12 @@ class Attention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        kv_cache: tuple[Tensor, Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        kv_cache: KVCache,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        """q [T, H, D], k and v [T, K, D], pools [N, K, D] -> [T, H, D]."""
-        k_cache, v_cache = kv_cache
-        ops.store_kv(k, v, k_cache, v_cache, metadata.slot_mapping)
-        return ops.paged_attention(q, k_cache, v_cache, metadata, self.scale, self.window)
+        """q [T, H, D], k and v [T, K, D], cos and sin [T, D] -> [T, H, D]."""
+        return ops.attention(
+            q, k, v, cos, sin, kv_cache, metadata, self.scale, self.window
+        )

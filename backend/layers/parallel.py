@@ -76,6 +76,12 @@ class ParallelContext:
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x, in place, on every rank."""
+        if self.world_size > 1:
+            dist.broadcast(x, src=0, group=self.group)
+        return x
+
     def divide(self, total: int, what: str) -> int:
         """total / world_size.
 

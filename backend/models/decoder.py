@@ -25,8 +25,7 @@ from backend.layers.linear_method import WeightSlot
 from backend.layers.norm import RMSNorm
 from backend.layers.rotary import RotaryEmbedding
 from backend.models.model_config import ConfigFields, ModelConfig
-from kernels import ops
-from kernels.ops import AttentionMetadata
+from kernels.ops import AttentionMetadata, KVCache
 
 
 class SelfAttention(nn.Module):
@@ -68,7 +67,7 @@ class SelfAttention(nn.Module):
         hidden: Tensor,
         cos: Tensor,
         sin: Tensor,
-        kv_cache: tuple[Tensor, Tensor],
+        kv_cache: KVCache,
         metadata: AttentionMetadata,
     ) -> Tensor:
         """hidden [T, hidden_size] -> [T, hidden_size]."""
@@ -77,8 +76,7 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # [T, heads, head_dim] each
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = ops.rotary_embedding(q, k, cos, sin)
-        return self.o_proj(self.attention(q, k, v, kv_cache, metadata).flatten(1))
+        return self.o_proj(self.attention(q, k, v, cos, sin, kv_cache, metadata).flatten(1))
 
 
 class MLP(nn.Module):
@@ -99,7 +97,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [T, hidden_size] -> [T, hidden_size]."""
-        return self.down_proj(ops.silu_and_mul(self.gate_up_proj(hidden)))
+        return self.down_proj(self.gate_up_proj.gated(hidden))
 
 
 class DecoderLayer(nn.Module):
@@ -122,7 +120,7 @@ class DecoderLayer(nn.Module):
         residual: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        kv_cache: tuple[Tensor, Tensor],
+        kv_cache: KVCache,
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
         """(this layer's MLP output, the residual that it must still be added to)."""
@@ -145,7 +143,7 @@ class Decoder(nn.Module):
 
     Attributes:
         config: of the whole model.
-        num_kv_heads: on this rank; the KV pools are [slots, num_kv_heads, config.head_dim].
+        num_kv_heads: on this rank, which is how many the KV pools have.
     """
 
     # If config.json has none; None means hidden_size / num_attention_heads.
@@ -182,7 +180,7 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         positions: Tensor,
-        kv_caches: list[tuple[Tensor, Tensor]],
+        kv_caches: list[KVCache],
         metadata: AttentionMetadata,
     ) -> Tensor:
         """Run the new tokens of all sequences, writing their K and V into the pools.
@@ -190,7 +188,7 @@ class Decoder(nn.Module):
         Args:
             input_ids: int64 [T].
             positions: int64 [T], each token's place in its sequence.
-            kv_caches: a layer's K pool and V pool [slots, num_kv_heads, head_dim] each.
+            kv_caches: each layer's pool, of `num_kv_heads` heads.
             metadata: where the tokens lie.
 
         Returns:

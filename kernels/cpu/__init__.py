@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kernels.reference
 from kernels.cpu.attention import paged_attention
+from kernels.cpu.sampling import sample
 from kernels.ops import AttentionMetadata, KVCache
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary_embedding",
+    "sample",
     "silu_and_mul",
     "store_kv",
 ]

@@ -65,17 +65,19 @@ def _dequantized(
     cache: KVCache, metadata: AttentionMetadata, dtype: torch.dtype
 ) -> tuple[KVCache, AttentionMetadata]:
     """What the sequences' runs hold, one sequence after another: a copy, so right but not fast."""
-    slots, runs = [], []
+    slots: list[int] = []
+    runs = []
     for sequence, length in zip(metadata.kv_runs, metadata.seq_lens, strict=True):
-        runs.append([(sum(map(len, slots)), length)])
-        slots += [torch.arange(first, first + count) for first, count in sequence]
-    chosen = torch.cat(slots)
+        runs.append([(len(slots), length)])
+        for first, count in sequence:
+            slots += range(first, first + count)
+    chosen = torch.tensor(slots)
     pools = []
     for pool, params in ((cache.k, cache.k_params), (cache.v, cache.v_params)):
         assert params is not None
         plain = kernels.reference.dequantize_kv(pool[:, chosen], params[:, chosen], cache.bits)
         pools.append(plain.to(dtype))
-    return KVCache(*pools), replace(metadata, kv_runs=runs)
+    return KVCache(pools[0], pools[1]), replace(metadata, kv_runs=runs)
 
 
 def _many_short(q: Tensor, cache: KVCache, metadata: AttentionMetadata) -> bool:

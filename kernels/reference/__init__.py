@@ -183,7 +183,12 @@ def attention(
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    uniform: Tensor,
 ) -> Tensor:
     """See `kernels.ops.sample`. Of equal probabilities the lower id ranks first."""
     best, greedy = logits.max(dim=-1)

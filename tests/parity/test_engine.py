@@ -168,7 +168,7 @@ def test_ranks_on_a_cpu_share_its_memory(checkpoint, monkeypatch):
         def all_gather(self, x: torch.Tensor) -> torch.Tensor:
             return torch.cat([x, x], dim=-1)
 
-    monkeypatch.setattr("backend.engine.model_runner._free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr("backend.engine.kv_cache.free_memory", lambda device: 1 << 20)
     config = EngineConfig(model=str(checkpoint), dtype="float32", device="cpu", tp=2)
     info = ModelRunner(config, Two(0, 2)).info
     pool = info.num_blocks * info.block_size * info.kv_bytes_per_token

@@ -10,6 +10,7 @@ import torch
 
 from backend.layers.parallel import ParallelContext
 from backend.models.loader import load_model
+from kernels.ops import KVCache
 from tests.ops.paged_batches import layout
 from tests.tiny_model import FAMILIES, LLAMA3_ROPE, make_checkpoint, make_model
 
@@ -63,10 +64,10 @@ def paged_logits(
     decoder, config = load_model(str(folder), dtype, CPU, ParallelContext(), session_len)
     length = len(ids)
     _, slots = layout([length], [length], BLOCK_SIZE, scattered, seed=7)
-    shape = (slots, decoder.num_kv_heads, config.head_dim)
+    shape = (decoder.num_kv_heads, slots, config.head_dim)
     # Slots that were not written must not matter.
     kv_caches = [
-        (torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype))
+        KVCache(*(torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)))
         for _ in range(config.num_layers)
     ]
     rows = []

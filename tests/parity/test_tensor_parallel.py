@@ -11,6 +11,7 @@ import torch
 from backend.errors import UserError
 from backend.layers.parallel import ParallelContext
 from backend.models.loader import load_model
+from kernels.ops import KVCache
 from tests.ops.paged_batches import layout
 from tests.tiny_model import FAMILIES, make_checkpoint
 
@@ -29,8 +30,8 @@ def logits_of(folder: Path, parallel: ParallelContext) -> torch.Tensor:
     decoder, config = load_model(str(folder), torch.float32, CPU, parallel)
     ids = torch.randint(0, 256, (33,), generator=torch.Generator().manual_seed(1))
     slots = layout([33], [33], 8, True, seed=2)[1]
-    shape = (slots, decoder.num_kv_heads, config.head_dim)
-    kv_caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_layers)]
+    shape = (decoder.num_kv_heads, slots, config.head_dim)
+    kv_caches = [KVCache(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_layers)]
     rows = []
     for start, end in ((0, 30), (30, 31), (31, 32), (32, 33)):
         metadata = layout([end - start], [end], 8, True, seed=2, blocks_for=33)[0]

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from backend.config import SamplingParams
 from backend.engine.engine import Engine
-from backend.engine.types import Request, Sequence, StepOutput
+from backend.engine.types import Request, Sequence, StepOutOfMemoryError, StepOutput
 from tests.fake_model import CheckingRunner, fake_info
 
 VOCAB = 50
@@ -33,8 +33,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_batch_size=st.integers(1, 5),
         max_step_tokens=st.integers(1, 24),
         prefix=st.booleans(),
+        max_ahead=st.integers(0, 1),
+        penalties=st.booleans(),
     )
-    def build(self, num_blocks, block_size, max_batch_size, max_step_tokens, prefix):
+    def build(
+        self, num_blocks, block_size, max_batch_size, max_step_tokens, prefix, max_ahead, penalties
+    ):
         session_len = min(num_blocks * block_size, 30)
         info = fake_info(
             vocab_size=VOCAB,
@@ -44,11 +48,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             block_size=block_size,
         )
         self.engine = Engine(
-            CheckingRunner(info),
+            CheckingRunner(info, max_ahead),
             enable_prefix_caching=prefix,
             max_step_tokens=max_step_tokens,
             random_source=random.Random(0),
         )
+        self.penalties = penalties
         self.session_len = session_len
         self.replies: dict[str, list[int]] = {}
         self.expected: dict[str, list[int]] = {}
@@ -67,7 +72,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt = (([7, 3] * 6)[:shared] + own)[: self.session_len - 1]
         request_id = str(self.count)
         self.count += 1
-        sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=tuple(stop))
+        # Some requests want their replies known before they go on.
+        penalty = 0.5 if self.penalties and self.count % 3 == 0 else 0.0
+        sampling = SamplingParams(
+            max_tokens=max_tokens, stop_token_ids=tuple(stop), presence_penalty=penalty
+        )
         self.engine.add_request(Request(request_id, prompt, sampling, cache_salt=salt))
         self.replies[request_id] = []
         limit = min(max_tokens, self.session_len - len(prompt))
@@ -101,7 +110,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def progress(self) -> list[tuple[str, int]]:
         running = self.engine.scheduler.running.values()
-        return [(seq.request_id, seq.num_computed_tokens) for seq in running]
+        steps = ("steps", self.engine.stats().num_steps)
+        return [steps, *((seq.request_id, seq.num_computed_tokens) for seq in running)]
 
     def record(self, output: StepOutput) -> None:
         assert output.request_id in self.live(), "a word after the end"
@@ -157,7 +167,7 @@ def engine_of(num_blocks: int, **options) -> Engine:
         block_size=4,
         max_batch_size=options.pop("max_batch_size", 4),
     )
-    return Engine(CheckingRunner(info), **options)
+    return Engine(CheckingRunner(info, options.pop("max_ahead", 0)), **options)
 
 
 def drain(engine: Engine) -> dict[str, list[int]]:
@@ -247,3 +257,56 @@ def test_a_prompt_preempted_before_its_end_is_counted_once():
         outputs += engine.step()
     assert engine.stats().num_prompt_tokens == 20
     assert outputs[0].num_cached_tokens == 0  # its own blocks are no one's prefix
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_a_step_ahead_gives_the_same_replies(penalty):
+    """Prompts in pieces, stops that come while the next step is under way, too few blocks."""
+    replies = []
+    for max_ahead in (0, 1):
+        engine = engine_of(12, max_ahead=max_ahead, max_step_tokens=8)
+        for i, name in enumerate("abcdef"):
+            sampling = SamplingParams(
+                max_tokens=9 + i, stop_token_ids=(3, 17), presence_penalty=penalty * (i == 2)
+            )
+            engine.add_request(Request(name, [ord(name) % VOCAB] * (5 + i), sampling))
+        replies.append(drain(engine))
+        assert engine.stats().num_blocks_free + engine.stats().num_blocks_cached == 12
+    assert replies[0] == replies[1]
+
+
+class CrampedRunner(CheckingRunner):
+    """Has room for so many tokens a step, and for a sequence of so many tokens."""
+
+    def __init__(self, info, max_ahead, step_tokens, seq_tokens):
+        super().__init__(info, max_ahead)
+        self.room = (step_tokens, seq_tokens)
+
+    def launch(self, batch):
+        longest = max(item.sequence.num_tokens for item in batch.scheduled)
+        if batch.num_tokens > self.room[0] or longest > self.room[1]:
+            raise StepOutOfMemoryError("No room.")
+        return super().launch(batch)
+
+
+@pytest.mark.parametrize("max_ahead", [0, 1])
+def test_too_little_memory_fails_the_request_that_needs_it_and_no_other(max_ahead):
+    info = fake_info(
+        vocab_size=VOCAB, session_len=64, num_blocks=64, block_size=4, max_batch_size=4
+    )
+    engine = Engine(CrampedRunner(info, max_ahead, 9, 40), max_step_tokens=32)
+    for name, length in (("a", 20), ("b", 45), ("c", 12), ("d", 38)):
+        prompt = [ord(name) % VOCAB] * length
+        engine.add_request(Request(name, prompt, SamplingParams(max_tokens=6)))
+    ends, replies = {}, {}
+    while engine.has_work():
+        for output in engine.step():
+            replies.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.finish_reason:
+                assert output.request_id not in ends
+                ends[output.request_id] = output.finish_reason
+    assert ends == {"a": "length", "b": "error", "c": "length", "d": "error"}
+    assert replies["a"] == expected_reply([ord("a") % VOCAB] * 20, 6, frozenset())
+    assert replies["d"] == expected_reply([ord("d") % VOCAB] * 38, 6, frozenset())[:3]
+    stats = engine.stats()
+    assert stats.num_blocks_free + stats.num_blocks_cached == 64
