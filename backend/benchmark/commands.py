@@ -23,6 +23,26 @@ def add_commands(group: Any) -> None:
     text = "rounds before them (default: 1)"
     sub.add_argument("--warmup-rounds", type=count_or_none, default=1, help=text)
 
+    sub = _engine_command(
+        group, "profile_throughput", "mixed lengths: requests and tokens a second", _throughput
+    )
+    text = "requests open at a time (default: 256)"
+    sub.add_argument("--concurrency", type=count, default=256, help=text)
+    text = "requests at the beginning that do not count (default: 256)"
+    sub.add_argument("--warmup-prompts", type=count_or_none, default=256, help=text)
+    text = "times that all is run (default: 1)"
+    sub.add_argument("--rounds", type=count, default=1, help=text)
+    _workload(sub, "MODEL")
+
+
+def _workload(sub: argparse.ArgumentParser, tokenizer: str) -> None:
+    text = "requests (default: 1000)"
+    sub.add_argument("--num-prompts", type=count, default=1000, help=text)
+    text = "a ShareGPT JSON file, instead of the list of lengths that LMDesk brings"
+    sub.add_argument("--dataset", metavar="FILE", help=text)
+    text = f"folder of the tokenizer for --dataset (default: {tokenizer})"
+    sub.add_argument("--tokenizer", metavar="DIR", help=text)
+
 
 def _engine_command(group: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
     """A benchmark of an engine that it starts itself."""
@@ -64,5 +84,11 @@ def count_or_none(text: str) -> int:
 
 async def _generation(args: argparse.Namespace) -> int:
     from backend.benchmark.profile_generation import run
+
+    return await run(args)
+
+
+async def _throughput(args: argparse.Namespace) -> int:
+    from backend.benchmark.profile_throughput import run
 
     return await run(args)

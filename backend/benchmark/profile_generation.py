@@ -22,8 +22,8 @@ from backend.benchmark.engine_session import (
     run_concurrently,
 )
 from backend.benchmark.metrics import Timeline, percentile
-from backend.benchmark.report import check_csv, table, write_csv
-from backend.benchmark.settings import engine_config, launcher, print_trace
+from backend.benchmark.report import check_csv, print_trace, table, write_csv
+from backend.benchmark.settings import engine_config, launcher
 from backend.config import SamplingParams
 from backend.errors import UserError
 
@@ -64,26 +64,29 @@ async def run(args: argparse.Namespace) -> int:
     check_csv(args.csv)
     config = await engine_config(args, max(args.concurrency))
     rng = random.Random(args.random_seed)
-    rows = []
+    rows: list[dict[str, Any]] = []
     async with open_engine(config, launcher(args)) as session:
         for case in cases:
             session.check_length(case.prompt_tokens + case.completion_tokens)
         trace = session.trace()
-        for case in cases:
-            sampling = SamplingParams(
-                temperature=args.temperature,
-                top_p=args.top_p,
-                top_k=args.top_k,
-                max_tokens=case.completion_tokens,
-                ignore_eos=True,
-            )
-            rows.append(
-                await measure(session, case, sampling, args.warmup_rounds, args.rounds, rng)
-            )
-    print_trace(trace)
-    print(table(rows))
-    if args.csv is not None:
-        write_csv(args.csv, rows, trace)
+        try:
+            for case in cases:
+                sampling = SamplingParams(
+                    temperature=args.temperature,
+                    top_p=args.top_p,
+                    top_k=args.top_k,
+                    max_tokens=case.completion_tokens,
+                    ignore_eos=True,
+                )
+                rows.append(
+                    await measure(session, case, sampling, args.warmup_rounds, args.rounds, rng)
+                )
+        finally:  # an engine that dies in a large case does not take the small ones with it
+            if rows:
+                print_trace(trace)
+                print(table(rows), flush=True)
+                if args.csv is not None:
+                    write_csv(args.csv, rows, trace)
     return 0
 
 

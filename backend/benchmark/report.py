@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from backend.benchmark.metrics import Summary
 from backend.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,36 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def print_trace(trace: dict[str, str]) -> None:
+    """The head of a report."""
+    for name, value in trace.items():
+        print(f"{name + ':':<19}{value}")
+    print()
+
+
+def latency_table(summaries: dict[str, Summary]) -> str:
+    """One line each of TTFT, TPOT, ITL, E2EL, in milliseconds."""
+    return table([
+        {
+            "ms": name,
+            "mean": summary.mean * 1e3,
+            "median": summary.median * 1e3,
+            "p90": summary.p90 * 1e3,
+            "p99": summary.p99 * 1e3,
+        }
+        for name, summary in summaries.items()
+    ])
+
+
+def latency_columns(summaries: dict[str, Summary]) -> dict[str, float]:
+    """The same figures as columns of one row, such as `ttft_p99_ms`."""
+    return {
+        f"{name.lower()}_{part}_ms": getattr(summary, part) * 1e3
+        for name, summary in summaries.items()
+        for part in ("mean", "median", "p90", "p99")
+    }
 
 
 def check_csv(path: str | None) -> None:

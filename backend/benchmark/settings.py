@@ -88,10 +88,3 @@ def default_folder() -> str:
     """Where random weights are kept for the next run."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return os.path.join(cache, "lmdesk", "random-weights")
-
-
-def print_trace(trace: dict[str, str]) -> None:
-    """The head of a report."""
-    for name, value in trace.items():
-        print(f"{name + ':':<19}{value}")
-    print()
