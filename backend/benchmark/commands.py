@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from backend.config import EngineConfig, add_arguments
@@ -33,6 +34,36 @@ def add_commands(group: Any) -> None:
     text = "times that all is run (default: 1)"
     sub.add_argument("--rounds", type=count, default=1, help=text)
     _workload(sub, "MODEL")
+    _restful_command(group)
+
+
+def _restful_command(group: Any) -> None:
+    text = "a running OpenAI-compatible server: latency under load"
+    sub = group.add_parser("profile_restful_api", help=text, description=text, allow_abbrev=False)
+    sub.set_defaults(run=_restful)
+    sub.add_argument("url", metavar="URL", help="such as http://127.0.0.1:23333")
+    sub.add_argument("--api-key", default="", help="key of the server, if it has one")
+    sub.add_argument("--model-name", default="", help="default: the first that the server lists")
+    rates = sub.add_mutually_exclusive_group()
+    text = "requests a second that arrive on average (default: inf, all at once)"
+    rates.add_argument("--request-rate", type=positive, default=math.inf, metavar="R", help=text)
+    text = "several rates, one after another"
+    rates.add_argument("--sweep", type=positive, nargs="+", metavar="R", help=text)
+    text = "1 is a Poisson process, less has more bursts (default: 1)"
+    sub.add_argument("--burstiness", type=positive, default=1.0, help=text)
+    text = "requests open at a time (default: no bound)"
+    sub.add_argument("--max-concurrency", type=count, help=text)
+    text = "count requests within bounds in ms, such as ttft:200 tpot:20"
+    sub.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS", help=text)
+    text = "what prompts are sent as (default: ids)"
+    sub.add_argument("--prompt-form", choices=("ids", "text"), default="ids", help=text)
+    text = "random ids are below it (default: 256, which every vocabulary has)"
+    sub.add_argument("--vocab-size", type=count, default=256, help=text)
+    text = "one length of all prompts, instead of mixed lengths"
+    sub.add_argument("--prompt-tokens", type=count, help=text)
+    sub.add_argument("--completion-tokens", type=count, help="one length of all replies")
+    _workload(sub, "none")
+    _common(sub)
 
 
 def _workload(sub: argparse.ArgumentParser, tokenizer: str) -> None:
@@ -82,6 +113,17 @@ def count_or_none(text: str) -> int:
     return 0 if text == "0" else count(text)
 
 
+def positive(text: str) -> float:
+    """A number above 0; inf is one."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"a number above 0 expected, not {text!r}")
+    return value
+
+
 async def _generation(args: argparse.Namespace) -> int:
     from backend.benchmark.profile_generation import run
 
@@ -90,5 +132,11 @@ async def _generation(args: argparse.Namespace) -> int:
 
 async def _throughput(args: argparse.Namespace) -> int:
     from backend.benchmark.profile_throughput import run
+
+    return await run(args)
+
+
+async def _restful(args: argparse.Namespace) -> int:
+    from backend.benchmark.profile_restful_api import run
 
     return await run(args)

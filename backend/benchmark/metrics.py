@@ -17,14 +17,19 @@ class Timeline:
         prompt_tokens: length of the prompt.
         events: (time, number of tokens) of each piece of the reply; more than one token where
             the engine or the network put several into one piece.
+        reported_tokens: length of the reply where pieces do not tell theirs, as in a server's
+            stream of texts.
     """
 
     sent: float
     prompt_tokens: int
     events: list[tuple[float, int]] = field(default_factory=list)
+    reported_tokens: int | None = None
 
     @property
     def output_tokens(self) -> int:
+        if self.reported_tokens is not None:
+            return self.reported_tokens
         return sum(count for _, count in self.events)
 
     @property
