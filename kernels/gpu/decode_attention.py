@@ -22,6 +22,7 @@ from kernels.gpu.kv_tiles import (
     packed_params,
     rotated,
     store_rows,
+    tile_blocks,
     tile_slots,
     unpack_params,
 )
@@ -70,19 +71,20 @@ def attend(
     return m_new, total, zeros, low, high
 
 
-@triton.jit
+# Of these numbers no variant is worth compiling.
+@triton.jit(do_not_specialize=["splits", "table_stride"])
 def _decode_kernel(
     out_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_pool, v_pool, k_params, v_params,
     slot_mapping, block_table, seq_lens, partial_ptr, stats_ptr, counter_ptr, softmax_scale,
     q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
     rotary_stride, pool_stride_head, pool_stride_slot, params_stride_head, params_stride_slot,
-    table_stride,
+    table_stride, splits,
     GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROTARY_DIM: tl.constexpr,
     BITS: tl.constexpr, STATIC: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (KV heads, sequences, SPLITS)."""
+    """Grid (KV heads, sequences, splits)."""
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1)
     split = tl.program_id(2)
@@ -96,7 +98,7 @@ def _decode_kernel(
         start = tl.maximum(seq_len - WINDOW, 0)
     first_tile = start // BLOCK_N
     tiles = tl.maximum(tl.cdiv(old, BLOCK_N) - first_tile, 0)
-    per_split = tl.maximum(tl.cdiv(tiles, SPLITS), 1)
+    per_split = tl.maximum(tl.cdiv(tiles, splits), 1)
     active = tl.maximum(tl.cdiv(tiles, per_split), 1)
     if split >= active:
         return
@@ -156,8 +158,10 @@ def _decode_kernel(
     table = block_table + token * table_stride
     tile_from = first_tile + split * per_split
     tile_to = tl.minimum(tile_from + per_split, first_tile + tiles)
+    blocks = tile_blocks(table, tile_from * BLOCK_N, old, BLOCK_N, BLOCK_SIZE)
     for tile in tl.range(tile_from, tile_to, num_stages=STAGES):
-        origin, slots = tile_slots(table, tile * BLOCK_N, old, BLOCK_N, BLOCK_SIZE)
+        origin, slots = tile_slots(blocks, tile * BLOCK_N, BLOCK_N, BLOCK_SIZE)
+        blocks = tile_blocks(table, (tile + 1) * BLOCK_N, old, BLOCK_N, BLOCK_SIZE)
         positions = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = positions < old
         if WINDOW > 0:
@@ -187,10 +191,10 @@ def _decode_kernel(
     low = low / lift + zeros[:, None]
     high = high / lift + zeros[:, None]
 
-    if active > 1:
+    if SPLIT and active > 1:
         # [sequence, KV head, split, query head of the group, D]
         pair = token * tl.num_programs(0) + kv_head
-        mine = (pair * SPLITS + split) * GROUP + rows
+        mine = (pair * splits + split) * GROUP + rows
         part = partial_ptr + mine[:, None] * D + columns
         tl.store(part, low, mask=inside)
         tl.store(part + HALF_DIM, high, mask=inside)
@@ -207,7 +211,7 @@ def _decode_kernel(
         low = tl.zeros((BLOCK_M, HALF), tl.float32)
         high = tl.zeros((BLOCK_M, HALF), tl.float32)
         for other in range(0, active):
-            theirs = (pair * SPLITS + other) * GROUP + rows
+            theirs = (pair * splits + other) * GROUP + rows
             part = partial_ptr + theirs[:, None] * D + columns
             # Past L1, which may hold what an earlier layer left in this workspace.
             m_other = tl.load(stats_ptr + theirs * 2, mask=used, other=0.0, cache_modifier=".cg")
@@ -280,10 +284,11 @@ def decode_attention(
     if splits is None:
         sms = num_sms(q.device.index or 0) if q.is_cuda else 1
         splits = num_splits(sequences, kv_heads, metadata.max_seq_len, tile, sms)
+    work: tuple[Tensor | None, ...]
     if splits > 1:
         work = _workspace(metadata, sequences * kv_heads, splits, group, head_dim, q.device)
     else:
-        work = (out, out, out)  # not touched
+        work = (None, None, None)
     k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
     _decode_kernel[(kv_heads, sequences, splits)](
         out, q, k, v, cos, sin, cache.k, cache.v, k_params, v_params,
@@ -291,10 +296,10 @@ def decode_attention(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         cos.stride(0), cache.k.stride(0), cache.k.stride(1),
         *((0, 0) if k_params is None else k_params.stride()),
-        metadata.block_table.stride(0),
+        metadata.block_table.stride(0), splits,
         group, head_dim, half_columns(head_dim), cos.shape[-1],
         cache.bits, cache.static, metadata.block_size, window or 0,
-        splits, max(16, triton.next_power_of_2(group)), tile, stages,
+        splits > 1, max(16, triton.next_power_of_2(group)), tile, stages,
         TL_DTYPES[dtype], "ieee" if dtype == torch.float32 else "tf32",
         q.is_cuda and dtype == torch.float16, pdl,
         num_warps=warps, **launch_options(pdl),

@@ -114,19 +114,28 @@ def store_rows(
 
 
 @triton.jit
-def tile_slots(table_ptr, first, limit, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """(origin, rows): slot origin + rows[i] holds position first + i, i < BLOCK_N.
+def tile_blocks(table_ptr, first, limit, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Blocks of the BLOCK_N positions from `first` on, one number if a tile lies in one block.
 
-    A tile within one block needs one number of the table; positions from `limit` on get slot 0.
+    Positions from `limit` on are in block 0. Loops ask for the next tile's blocks a turn ahead: in
+    the turn itself, Triton would spend its pipeline's stages on this load, not on the tile's.
     """
-    offsets = tl.arange(0, BLOCK_N)
     if BLOCK_SIZE % BLOCK_N == 0:
-        block = tl.load(table_ptr + first // BLOCK_SIZE).to(tl.int64)
-        return block * BLOCK_SIZE + first % BLOCK_SIZE, offsets
+        return tl.load(table_ptr + first // BLOCK_SIZE, mask=first < limit, other=0)
     else:
-        positions = first + offsets
-        blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < limit, other=0)
-        return 0, blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+        positions = first + tl.arange(0, BLOCK_N)
+        return tl.load(table_ptr + positions // BLOCK_SIZE, mask=positions < limit, other=0)
+
+
+@triton.jit
+def tile_slots(blocks, first, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """(origin, rows): slot origin + rows[i] holds position first + i, i < BLOCK_N."""
+    offsets = tl.arange(0, BLOCK_N)
+    blocks = blocks.to(tl.int64)
+    if BLOCK_SIZE % BLOCK_N == 0:
+        return blocks * BLOCK_SIZE + first % BLOCK_SIZE, offsets
+    else:
+        return 0, blocks * BLOCK_SIZE + (first + offsets) % BLOCK_SIZE
 
 
 @triton.jit

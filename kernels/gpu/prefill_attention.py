@@ -18,6 +18,7 @@ from kernels.gpu.kv_tiles import (
     load_tile,
     packed_params,
     rotated,
+    tile_blocks,
     tile_slots,
     unpack_params,
 )
@@ -40,8 +41,10 @@ def _attend_tiles(
     PTX: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys; with MASKED a row sees keys from row_start to positions, both [BLOCK_M]."""
+    blocks = tile_blocks(table, tile_from * BLOCK_N, limit, BLOCK_N, BLOCK_SIZE)
     for tile in tl.range(tile_from, tile_to, num_stages=STAGES):
-        origin, slots = tile_slots(table, tile * BLOCK_N, limit, BLOCK_N, BLOCK_SIZE)
+        origin, slots = tile_slots(blocks, tile * BLOCK_N, BLOCK_N, BLOCK_SIZE)
+        blocks = tile_blocks(table, (tile + 1) * BLOCK_N, limit, BLOCK_N, BLOCK_SIZE)
         keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         tile_at = origin * pool_stride_slot
         k_low, k_high = load_tile(
@@ -73,7 +76,8 @@ def _attend_tiles(
     return m, total, zeros, low, high
 
 
-@triton.jit
+# Of these numbers no variant is worth compiling.
+@triton.jit(do_not_specialize=["first_sequence", "table_stride"])
 def _prefill_kernel(
     out_ptr, q_ptr, cos_ptr, sin_ptr, k_pool, v_pool, k_params, v_params,
     block_table, cu_seqlens, seq_lens, softmax_scale, first_sequence,
