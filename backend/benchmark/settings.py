@@ -74,7 +74,6 @@ def write_checkpoint(folder: str, shape: str, quantization: str | None, dtype: s
     """Write random weights, with a progress bar. See `write_random_checkpoint` for the rest."""
     from backend.models.random_weights import write_random_checkpoint
 
-    os.makedirs(os.path.dirname(folder), exist_ok=True)
     with tqdm(desc="random weights", unit="B", unit_scale=True, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
