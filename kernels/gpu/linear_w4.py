@@ -1,0 +1,238 @@
+"""Linear layers with weights of 4 bits (W4A16): the choice of the kernel and its launch.
+
+Few tokens: `w4_mma`, bound by the memory. A batch: `w4_dot`, bound by the tensor cores. A prompt:
+the weight is unpacked into a scratch, a slice at a time, each small enough to stay in the L2
+cache, and cuBLAS multiplies.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.gpu.elementwise import silu_and_mul
+from kernels.gpu.launch import launch_options, num_sms, supports_pdl
+from kernels.gpu.tuning import (
+    DotConfig,
+    MmaConfig,
+    W4Config,
+    bucket_of,
+    gpu_name,
+    invariant_warps,
+    w4_config,
+)
+from kernels.gpu.w4_dot import w4_dequantize_kernel, w4_dot_kernel
+from kernels.gpu.w4_mma import w4_mma_kernel
+from kernels.packing import TILE_COLUMNS, TILE_ROWS, W4Weight
+
+# Bytes of an unpacked slice: with its inputs and results it stays in an L2 cache of 50-60 MB.
+SCRATCH_BYTES = 32 << 20
+# Tiles of the result that may have their columns split among programs.
+MAX_SPLIT_TILES = 1 << 16
+# Multiprocessors that the rule of the table is applied for where there is no GPU.
+INTERPRETED_SMS = 4
+
+
+def linear_w4(
+    x: Tensor, weight: W4Weight, bias: Tensor | None, batch_invariant: bool = False
+) -> Tensor:
+    """See `kernels.ops.linear_w4`. Rows of x may lie apart; its columns must not.
+
+    Raises:
+        ValueError: x is not float16 or bfloat16 [T, in_features], or the GPU is older than 8.0.
+    """
+    return _linear(x, weight, bias, False, batch_invariant)
+
+
+def gated_linear_w4(x: Tensor, weight: W4Weight, batch_invariant: bool = False) -> Tensor:
+    """See `kernels.ops.gated_linear_w4`.
+
+    Raises:
+        ValueError: as `linear_w4`, or the weight has an odd number of rows.
+    """
+    if weight.out_features % 2:
+        raise ValueError(f"a gated product of {weight.out_features} rows, which is odd")
+    return _linear(x, weight, None, True, batch_invariant)
+
+
+def _linear(
+    x: Tensor, weight: W4Weight, bias: Tensor | None, gated: bool, batch_invariant: bool
+) -> Tensor:
+    x = _checked(x, weight)
+    tokens = x.shape[0]
+    out_features = weight.out_features // 2 if gated else weight.out_features
+    if not tokens:
+        return x.new_empty(0, out_features)
+    if batch_invariant:
+        return run(x, weight, bias, gated, _invariant_config(tokens, weight))
+    bucket = bucket_of(tokens)
+    if bucket is None:
+        return unpacked_product(x, weight, bias, gated)
+    index = x.device.index or 0
+    config = w4_config(
+        gpu_name(index) if x.is_cuda else "",
+        num_sms(index) if x.is_cuda else INTERPRETED_SMS,
+        "gated_linear_w4" if gated else "linear_w4",
+        weight.out_features,
+        weight.in_features,
+        weight.group_size,
+        bucket,
+    )
+    return run(x, weight, bias, gated, config)
+
+
+def _checked(x: Tensor, weight: W4Weight) -> Tensor:
+    """x [T, in_features] as the kernels can read it."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"W4A16 takes float16 or bfloat16, not {x.dtype}")
+    if x.dim() != 2 or x.shape[1] != weight.in_features:
+        raise ValueError(f"x {list(x.shape)} for a weight of {weight.in_features} columns")
+    if x.is_cuda and _capability(x.device.index or 0) < (8, 0):
+        raise ValueError("W4A16 needs a GPU of compute capability 8.0 or newer")
+    if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:
+        x = x.clone(memory_format=torch.contiguous_format)  # pairs must lie on 4 bytes
+    return x
+
+
+def _invariant_config(tokens: int, weight: W4Weight) -> MmaConfig:
+    """Only the number of warps decides the order of a sum, and it does not hang on the tokens."""
+    warps = invariant_warps(weight.in_features)
+    if tokens <= 8:
+        return MmaConfig(8, 1, warps, 3)
+    return MmaConfig(16, 1, warps, 2) if tokens <= 16 else MmaConfig(32, 2, warps, 1)
+
+
+def run(
+    x: Tensor, weight: W4Weight, bias: Tensor | None, gated: bool, config: W4Config
+) -> Tensor:
+    """One launch of the kernel that `config` names."""
+    rows = weight.out_features // 2 if gated else weight.out_features
+    out = x.new_empty(x.shape[0], rows)
+    pdl = supports_pdl(x)
+    last_row = weight.qweight.shape[0] * TILE_ROWS - 1
+    common: dict[str, Any] = {
+        "COLUMN_TILES": weight.qweight.shape[1],
+        "GROUPS": TILE_COLUMNS // weight.group_size,
+        "GATED": gated,
+        "BIAS": bias is not None,
+        "BF16": x.dtype is torch.bfloat16,
+        "ASM": x.is_cuda,
+        "PDL": pdl,
+        "num_warps": config.warps,
+        **launch_options(pdl),
+    }
+    token_programs = triton.cdiv(x.shape[0], config.tokens)
+    given_bias = out if bias is None else bias
+    if isinstance(config, MmaConfig):
+        pairs = x.view(torch.int32)
+        w4_mma_kernel[(triton.cdiv(rows, 16 * config.blocks), token_programs)](
+            pairs,
+            weight.qweight,
+            weight.scale_zero,
+            given_bias,
+            out,
+            x.shape[0],
+            pairs.stride(0),
+            rows,
+            rows,
+            last_row,
+            x_pairs=pairs.shape[1],
+            BLOCKS=config.blocks,
+            WARPS=config.warps,
+            AHEAD=config.ahead,
+            TOKENS=config.tokens,
+            num_stages=1,
+            **common,
+        )
+        return out
+    tile_rows = config.rows // 2 if gated else config.rows
+    programs = triton.cdiv(rows, tile_rows)
+    partials, counters = _split_space(x, programs * token_programs, config)
+    w4_dot_kernel[(programs * config.splits, token_programs)](
+        x,
+        weight.qweight,
+        weight.scale_zero,
+        given_bias,
+        out,
+        partials,
+        counters,
+        x.shape[0],
+        x.stride(0),
+        rows,
+        rows,
+        last_row,
+        in_features=weight.in_features,
+        ROWS=config.rows,
+        TOKENS=config.tokens,
+        SPLITS=config.splits,
+        # Sums of a tile have one scale only if the tile is one group.
+        SCALE_WEIGHTS=config.scale_weights or weight.group_size != TILE_COLUMNS,
+        num_stages=config.stages,
+        **common,
+    )
+    return out
+
+
+def _split_space(x: Tensor, tiles: int, config: DotConfig) -> tuple[Tensor, Tensor]:
+    """Room for the sums of split columns, and counters that are zero."""
+    if config.splits == 1:
+        return x, x
+    if tiles > MAX_SPLIT_TILES:
+        raise ValueError(f"{tiles} tiles with split columns; {MAX_SPLIT_TILES} at most")
+    size = tiles * config.splits * config.rows * config.tokens
+    partials = torch.empty(size, dtype=torch.float32, device=x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return partials, _counters(x.device, stream)
+
+
+@cache
+def _counters(device: torch.device, stream: int) -> Tensor:
+    """Zeros, which every launch leaves zero; a stream of its own each, as streams overlap."""
+    return torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+
+
+def unpacked_product(x: Tensor, weight: W4Weight, bias: Tensor | None, gated: bool) -> Tensor:
+    """The product through slices of the unpacked weight."""
+    rows, columns = weight.out_features, weight.in_features
+    out = x.new_empty(x.shape[0], rows)
+    tiles = max(1, SCRATCH_BYTES // (2 * columns * TILE_ROWS))
+    slices = triton.cdiv(triton.cdiv(rows, TILE_ROWS), tiles)
+    step = triton.cdiv(triton.cdiv(rows, TILE_ROWS), slices)  # slices of about equal size
+    scratch = x.new_empty(min(rows, step * TILE_ROWS), columns)
+    for first in range(0, rows, step * TILE_ROWS):
+        part = scratch[: min(rows - first, step * TILE_ROWS)]
+        _dequantize(weight, first // TILE_ROWS, part)
+        torch.mm(x, part.t(), out=out[:, first : first + part.shape[0]])
+    if bias is not None:
+        out += bias
+    return silu_and_mul(out) if gated else out
+
+
+def _dequantize(weight: W4Weight, first_tile: int, out: Tensor) -> None:
+    """Rows first_tile * 64 on, as many as `out` [rows, in_features] has, as its type."""
+    pdl = supports_pdl(out)
+    w4_dequantize_kernel[(triton.cdiv(out.shape[0], TILE_ROWS), weight.qweight.shape[1])](
+        weight.qweight,
+        weight.scale_zero,
+        out,
+        first_tile,
+        out.shape[0],
+        out.shape[1],
+        COLUMN_TILES=weight.qweight.shape[1],
+        GROUPS=TILE_COLUMNS // weight.group_size,
+        ROWS=TILE_ROWS,
+        BF16=out.dtype is torch.bfloat16,
+        ASM=out.is_cuda,
+        PDL=pdl,
+        num_warps=4,
+        **launch_options(pdl),
+    )
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)

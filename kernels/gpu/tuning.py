@@ -1,0 +1,98 @@
+"""Which kernel and which tiles a product takes: a measured table for each GPU, else a rule.
+
+Tables lie in `tuned/`, one for each name of a GPU, written by `python -m tests.bench.kernels_w4`.
+Nothing is tried out at run time. The number of tokens counts through its bucket only.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TUNED = Path(__file__).parent / "tuned"
+# Upper bounds of the buckets of tokens. Beyond the last: unpack the weight, then cuBLAS.
+BUCKETS = (8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class MmaConfig:
+    """`w4_mma_kernel`: for few tokens."""
+
+    tokens: int  # a program's
+    blocks: int = 1  # of 16 rows
+    warps: int = 8
+    ahead: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class DotConfig:
+    """`w4_dot_kernel`: for a batch."""
+
+    tokens: int
+    rows: int = 128
+    splits: int = 1
+    scale_weights: bool = False
+    warps: int = 4
+    stages: int = 3
+
+
+W4Config = MmaConfig | DotConfig
+KINDS: dict[str, type[MmaConfig] | type[DotConfig]] = {"mma": MmaConfig, "dot": DotConfig}
+
+
+def bucket_of(tokens: int) -> int | None:
+    """The bucket of a number of tokens; None beyond the last."""
+    return next((bound for bound in BUCKETS if tokens <= bound), None)
+
+
+@cache
+def w4_config(
+    gpu: str, sms: int, op: str, rows: int, columns: int, group_size: int, bucket: int
+) -> W4Config:
+    """What serves a weight [rows, columns] and a bucket of tokens on a GPU of `sms` processors."""
+    entry = _table(gpu).get(op, {}).get(f"{rows}x{columns}", {}).get(str(bucket))
+    if entry is None:
+        return default_config(sms, op, rows, columns, bucket)
+    return KINDS[entry["kernel"]](**{k: v for k, v in entry.items() if k != "kernel"})
+
+
+def default_config(sms: int, op: str, rows: int, columns: int, bucket: int) -> W4Config:
+    """The rule for what no table knows."""
+    gated = op == "gated_linear_w4"
+    if bucket <= 16:
+        warps = 8 if columns <= 16384 else 16
+        return MmaConfig(bucket, 1, warps, 2 if gated else 4)
+    tile_tokens = min(bucket, 128)
+    tile_rows = 128
+    programs = -(-rows // tile_rows) * -(-bucket // tile_tokens)
+    splits = 1
+    while splits < 8 and programs * splits * 2 <= 2 * sms and columns // (splits * 2) >= 512:
+        splits *= 2
+    wide = tile_tokens >= 64
+    return DotConfig(tile_tokens, tile_rows, splits, wide, 8 if tile_tokens == 128 else 4)
+
+
+@cache
+def invariant_warps(columns: int) -> int:
+    """Warps of the one form of sum that batch_invariant asks for, whatever the tokens."""
+    return 8 if columns <= 16384 else 16
+
+
+@cache
+def _table(gpu: str) -> dict[str, Any]:
+    path = TUNED / f"{gpu.lower().replace(' ', '_')}.json"
+    if not path.is_file():
+        return {}
+    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return table
+
+
+@cache
+def gpu_name(index: int) -> str:
+    """The name that tables go by."""
+    return torch.cuda.get_device_name(index)
