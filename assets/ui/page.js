@@ -64,7 +64,10 @@
     if (info && stats && memory && info.num_blocks) {
       const share = 1 - (stats.num_blocks_free + stats.num_blocks_cached) / info.num_blocks;
       gauge("kv", text("kv", {
-        used: `${Math.round(share * 100)} %`, total: size(memory.kv_cache) }), share);
+        used: `${Math.round(share * 100)} %`, total: size(memory.kv_cache) }), share,
+        text("kv_fits", { tokens: (info.num_blocks * info.block_size).toLocaleString(),
+          conversations: Math.floor(info.num_blocks * info.block_size / info.session_len),
+          length: info.session_len.toLocaleString(), bits: info.kv_bits }));
     } else {
       gauge("kv", "", "");
     }

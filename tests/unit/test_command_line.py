@@ -214,6 +214,13 @@ def test_busy_port(refused: Run, model: Path):
         assert port < config.server_port <= port + 100
 
 
+def test_pieces_of_a_stream_do_not_wait_for_one_another():
+    """What asyncio takes for a TCP socket, so that it sets TCP_NODELAY on what it accepts."""
+    sock, _ = bind(ServerConfig(server_port=0), fixed_port=True)
+    with sock:
+        assert sock.proto == socket.IPPROTO_TCP
+
+
 @pytest.mark.parametrize("name", ["192.0.2.1", "no.such.host.invalid", ".."])
 def test_addresses_of_other_machines(refused: Run, model: Path, name: str):
     sentence = refused("serve", "api_server", model, "--inline", "--server-name", name)
