@@ -77,7 +77,7 @@ class AttentionMetadata:
 
 
 # Device type -> the module with its own forms of some ops.
-OWN_FORMS = {"cpu": "kernels.cpu"}
+OWN_FORMS = {"cpu": "kernels.cpu", "cuda": "kernels.gpu"}
 
 
 @cache

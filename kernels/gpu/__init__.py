@@ -3,3 +3,19 @@
 Imported at the first call on a GPU (or by tests, which may ask for Triton's interpreter), so that a
 machine without a GPU never loads Triton.
 """
+
+from kernels.gpu.attention import attention, paged_attention, store_kv
+from kernels.gpu.elementwise import add_rms_norm, rms_norm, silu_and_mul
+from kernels.gpu.linear import linear
+from kernels.gpu.linear_w8 import linear_w8
+
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "linear",
+    "linear_w8",
+    "paged_attention",
+    "rms_norm",
+    "silu_and_mul",
+    "store_kv",
+]
