@@ -21,7 +21,9 @@ from backend.memory import MemoryStatus
 from backend.services import Services
 from ui.build import mount_page
 
-INFO = ModelInfo("LlamaForCausalLM", "cpu", "float32", 8000, 200, 8, 100, 64, 12_000_000, 4096, 1)
+INFO = ModelInfo(
+    "LlamaForCausalLM", "cpu", "float32", 8000, 200, 8, 100, 64, 32, "", 12_000_000, 4096, 1
+)
 
 
 @dataclass
