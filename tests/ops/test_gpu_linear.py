@@ -9,7 +9,9 @@ import kernels.reference
 from kernels.packing import W8Weight
 from tests.ops.gpu_device import DEVICE, ON_GPU
 
-from kernels.gpu import linear, linear_w8  # isort: skip  (gpu_device decides how Triton is imported)
+# gpu_device decides how Triton is imported
+from kernels.gpu import linear, linear_w8  # isort: skip
+from kernels.gpu.few_tokens import Chunks, few_tokens  # isort: skip
 
 # The interpreter takes the bits of bfloat16 operands of `tl.dot` for whole numbers.
 HALVES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
@@ -55,6 +57,16 @@ def test_every_form_for_few_tokens(dtype, shape):
     x, weight, bias = drawn((17, shape[1]), dtype), drawn(shape, dtype, 1), drawn(shape[:1], dtype)
     for tile in (linear.Tile(16, 16, 128, 2, 3), linear.Tile(64, 32, 64, 4, 3)):
         close(linear.matmul(x, weight, bias, tile), exact(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96, 256), (70, 224), (16, 32)])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 13])
+def test_few_tokens(tokens, shape, dtype):
+    x, weight = drawn((tokens, shape[1]), dtype), drawn(shape, dtype, 1)
+    bias = drawn(shape[:1], dtype)
+    for chunks in (Chunks(1, 4, 2), Chunks(2, 8, 4)):
+        close(few_tokens(x, weight, bias, dtype, chunks), exact(x, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
