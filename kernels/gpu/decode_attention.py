@@ -15,13 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.attention_softmax import LIFT, attend, combine, merge
 from kernels.gpu.kv_tiles import (
     dot_dtype,
-    half_columns,
+    dot_keys,
     load_tile,
     packed_params,
+    part_width,
+    pool_words,
     rotated,
-    store_rows,
+    store_output,
+    store_parts,
     tile_blocks,
     tile_slots,
     unpack_params,
@@ -37,127 +41,129 @@ from kernels.ops import AttentionMetadata, KVCache
 
 TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 LOG2_E = 1.4426950408889634
-# Whole numbers of values are multiplied by probability * scale, which in float16 would be lost
-# below 6e-8; times 256, a scale of 1e-3 still leaves probabilities down to 1e-6 their weight.
-LIFT: tl.constexpr = tl.constexpr(256.0)
 
 
 @triton.jit
-def attend(
-    scores, valid, m, total, zeros, low, high, v_low, v_high, v_scale, v_zero, softmax_scale,
-    BITS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile's step of the online softmax (Milakov & Gimelshein 2018).
+def _tiles_of_split(seq_len, split, splits, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first old position seen, from tile, to tile, splits that have tiles)."""
+    start = 0
+    if WINDOW > 0:
+        start = tl.maximum(seq_len - WINDOW, 0)
+    first = start // BLOCK_N
+    tiles = tl.maximum(tl.cdiv(seq_len - 1, BLOCK_N) - first, 0)
+    per_split = tl.maximum(tl.cdiv(tiles, splits), 1)
+    active = tl.maximum(tl.cdiv(tiles, per_split), 1)
+    tile_from = first + split * per_split
+    return start, tile_from, tl.minimum(tile_from + per_split, first + tiles), active
 
-    scores [BLOCK_M, BLOCK_N] not yet scaled; m, total [BLOCK_M] running maximum (scaled, base
-    2) and sum; zeros [BLOCK_M] sum of probability * zero of the values; low, high [BLOCK_M, HALF]
-    sums of probability * value, for quantized values of the whole numbers times LIFT. The products
-    are spelled out as fma so that masked and unmasked tiles round alike.
+
+@triton.jit
+def _prefetch_tile(
+    k_head, v_head, table, seq_lens, sequence, split, splits, pool_stride_slot, table_stride,
+    num_blocks, D: tl.constexpr, BITS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Ask for the split's first tile, into L2, while earlier kernels still run.
+
+    They may be about to change the length and the table: then this fetches in vain, and nothing
+    else, since what counts is read again later. The loads go past L1, which would keep the old.
     """
-    if MASKED:
-        scores = tl.where(valid, scores, float("-inf"))
-    m_new = tl.maximum(m, tl.max(scores, 1) * softmax_scale)
-    # A row that has seen nothing yet: -inf less -inf would be NaN.
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(tl.fma(scores, softmax_scale + tl.zeros_like(scores), 0.0 - m_safe[:, None]))
-    alpha = tl.exp2(m - m_safe)
-    total = total * alpha + tl.sum(p, 1)
-    if BITS < 16:
-        zeros = zeros * alpha + tl.sum(p * v_zero[None, :], 1)
-        p = p * (v_scale * LIFT)[None, :]
-    p = p.to(v_low.dtype)
-    low = tl.dot(p, v_low, low * alpha[:, None], input_precision=PRECISION)
-    high = tl.dot(p, v_high, high * alpha[:, None], input_precision=PRECISION)
-    return m_new, total, zeros, low, high
+    if BLOCK_SIZE % BLOCK_N == 0:
+        seq_len = tl.load(seq_lens + sequence, cache_modifier=".cg")
+        _, tile_from, tile_to, _ = _tiles_of_split(seq_len, split, splits, WINDOW, BLOCK_N)
+        if tile_from < tile_to:
+            index = tl.minimum(tile_from * BLOCK_N // BLOCK_SIZE, table_stride - 1)
+            block = tl.load(table + index, cache_modifier=".cg")
+            block = tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64)
+            slot = block * BLOCK_SIZE + tile_from * BLOCK_N % BLOCK_SIZE
+            size: tl.constexpr = k_head.dtype.element_ty.primitive_bitwidth // 8
+            line: tl.constexpr = 128 // size
+            lines: tl.constexpr = triton.next_power_of_2(triton.cdiv(D * BITS // 8, 128))
+            at = slot * pool_stride_slot + (tl.arange(0, BLOCK_N) * pool_stride_slot)[:, None]
+            at = at + (tl.arange(0, lines) * line)[None, :]
+            for head in tl.static_range(2):
+                addresses = ((k_head if head == 0 else v_head) + at).to(tl.int64)
+                tl.inline_asm_elementwise(
+                    "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses],
+                    dtype=tl.int32, is_pure=False, pack=1,
+                )  # fmt: skip
 
 
 # Of these numbers no variant is worth compiling.
-@triton.jit(do_not_specialize=["splits", "table_stride"])
+@triton.jit(do_not_specialize=["splits", "table_stride", "num_blocks"])
 def _decode_kernel(
     out_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_pool, v_pool, k_params, v_params,
     slot_mapping, block_table, seq_lens, partial_ptr, stats_ptr, counter_ptr, softmax_scale,
     q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
     rotary_stride, pool_stride_head, pool_stride_slot, params_stride_head, params_stride_slot,
-    table_stride, splits,
-    GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    table_stride, num_blocks, splits,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROTARY_DIM: tl.constexpr,
     BITS: tl.constexpr, STATIC: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV heads, sequences, splits)."""
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1)
     split = tl.program_id(2)
-    release_successor(PDL)
-    wait_for_predecessor(PDL)
-    HALF_DIM: tl.constexpr = D // 2
-    seq_len = tl.load(seq_lens + sequence)
-    old = seq_len - 1
-    start = 0
-    if WINDOW > 0:
-        start = tl.maximum(seq_len - WINDOW, 0)
-    first_tile = start // BLOCK_N
-    tiles = tl.maximum(tl.cdiv(old, BLOCK_N) - first_tile, 0)
-    per_split = tl.maximum(tl.cdiv(tiles, splits), 1)
-    active = tl.maximum(tl.cdiv(tiles, per_split), 1)
-    if split >= active:
-        return
-
-    columns = tl.arange(0, HALF)[None, :]
-    rows = tl.arange(0, BLOCK_M)
-    used = rows < GROUP
-    token = sequence.to(tl.int64)
-    cos = cos_ptr + token * rotary_stride
-    sin = sin_ptr + token * rotary_stride
-    inside = used[:, None] & (columns < HALF_DIM)
-    q_rows = q_ptr + token * q_stride_token
-    q_rows = q_rows + ((kv_head * GROUP + rows) * q_stride_head)[:, None]
-    q_low = rotated(q_rows, cos, sin, columns, inside, D, ROTARY_DIM).to(DTYPE)
-    q_high = rotated(q_rows, cos, sin, columns + HALF_DIM, inside, D, ROTARY_DIM).to(DTYPE)
-    q_low32 = q_low.to(tl.float32)
-    q_high32 = q_high.to(tl.float32)
-    q_sum = tl.sum(q_low32, 1) + tl.sum(q_high32, 1)
-
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    zeros = tl.zeros((BLOCK_M,), tl.float32)
-    low = tl.zeros((BLOCK_M, HALF), tl.float32)
-    high = tl.zeros((BLOCK_M, HALF), tl.float32)
-    lift: tl.constexpr = 1.0 if BITS == 16 else LIFT
     head = kv_head.to(tl.int64)
-    if split == 0:
-        # A tile of one row, so that the functions for tiles serve.
-        one = tl.arange(0, 1)
-        slot = tl.load(slot_mapping + token)
-        stored = (one == 0) & (slot >= 0)
-        whole = (one == 0)[:, None] & (columns < HALF_DIM)
-        k_row = k_ptr + token * k_stride_token + kv_head * k_stride_head + one[:, None]
-        new_low = rotated(k_row, cos, sin, columns, whole, D, ROTARY_DIM)
-        new_high = rotated(k_row, cos, sin, columns + HALF_DIM, whole, D, ROTARY_DIM)
-        v_row = v_ptr + token * v_stride_token + kv_head * v_stride_head + one[:, None]
-        v_low = tl.load(v_row + columns, mask=whole, other=0.0).to(tl.float32)
-        v_high = tl.load(v_row + HALF_DIM + columns, mask=whole, other=0.0).to(tl.float32)
-        at = head * pool_stride_head + slot * pool_stride_slot + one
-        params_at = head * params_stride_head + slot * params_stride_slot + one
-        new_low, new_high = store_rows(
-            new_low, new_high, k_pool + at, k_params + params_at if BITS < 16 else None,
-            columns, stored, HALF_DIM, BITS, STATIC,
-        )  # fmt: skip
-        v_low, v_high = store_rows(
-            v_low, v_high, v_pool + at, v_params + params_at if BITS < 16 else None,
-            columns, stored, HALF_DIM, BITS, STATIC,
-        )  # fmt: skip
-        score = tl.sum(q_low32 * new_low, 1) + tl.sum(q_high32 * new_high, 1)
-        m = score * softmax_scale
-        total += 1.0
-        low += v_low * lift
-        high += v_high * lift
-
+    token = sequence.to(tl.int64)
     k_head = k_pool + head * pool_stride_head
     v_head = v_pool + head * pool_stride_head
     table = block_table + token * table_stride
-    tile_from = first_tile + split * per_split
-    tile_to = tl.minimum(tile_from + per_split, first_tile + tiles)
+    release_successor(PDL)
+    if PDL:
+        _prefetch_tile(
+            k_head, v_head, table, seq_lens, sequence, split, splits, pool_stride_slot,
+            table_stride, num_blocks, D, BITS, BLOCK_SIZE, WINDOW, BLOCK_N,
+        )  # fmt: skip
+    wait_for_predecessor(PDL)
+    seq_len = tl.load(seq_lens + sequence)
+    old = seq_len - 1
+    start, tile_from, tile_to, active = _tiles_of_split(seq_len, split, splits, WINDOW, BLOCK_N)
+    if split >= active:
+        return
+
+    words = tl.arange(0, WIDTH)[None, :]
+    real = words < D * BITS // 16
+    rows = tl.arange(0, BLOCK_M)
+    used = rows < GROUP
+    inside = used[:, None] & real
+    cos = cos_ptr + token * rotary_stride
+    sin = sin_ptr + token * rotary_stride
+    q_rows = q_ptr + token * q_stride_token
+    q_rows = q_rows + ((kv_head * GROUP + rows) * q_stride_head)[:, None]
+    qa, qb, qc, qd = rotated(q_rows, cos, sin, words, inside, D, ROTARY_DIM, BITS)
+    qa = qa.to(DTYPE)
+    if BITS < 16:
+        qb = qb.to(DTYPE)
+    if BITS == 4:
+        qc = qc.to(DTYPE)
+        qd = qd.to(DTYPE)
+    # Tiles of one row, so that the functions for tiles serve. Only split 0 has use for them, but
+    # asked for here, they arrive while the older tokens are worked on.
+    one = tl.arange(0, 1)
+    k_row = k_ptr + token * k_stride_token + kv_head * k_stride_head + one[:, None]
+    v_row = v_ptr + token * v_stride_token + kv_head * v_stride_head + one[:, None]
+    slot = tl.load(slot_mapping + token)
+    ka, kb, kc, kd = rotated(k_row, cos, sin, words, real, D, ROTARY_DIM, BITS)
+    va, vb, vc, vd = rotated(v_row, None, None, words, real, D, 0, BITS)
+    if BITS < 16:
+        k_params += head * params_stride_head
+        v_params += head * params_stride_head
+        q_sum = tl.sum(qa.to(tl.float32), 1) + tl.sum(qb.to(tl.float32), 1)
+        if BITS == 4:
+            q_sum += tl.sum(qc.to(tl.float32), 1) + tl.sum(qd.to(tl.float32), 1)
+
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # A sum for each column of a tile: adding them up once at the end spares the warps a meeting.
+    totals = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    offsets = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if BITS < 16 else 0.0
+    a = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    b = tl.zeros((BLOCK_M, WIDTH), tl.float32) if BITS < 16 else 0.0
+    c = tl.zeros((BLOCK_M, WIDTH), tl.float32) if BITS == 4 else 0.0
+    d = tl.zeros((BLOCK_M, WIDTH), tl.float32) if BITS == 4 else 0.0
     blocks = tile_blocks(table, tile_from * BLOCK_N, old, BLOCK_N, BLOCK_SIZE)
     for tile in tl.range(tile_from, tile_to, num_stages=STAGES):
         origin, slots = tile_slots(blocks, tile * BLOCK_N, BLOCK_N, BLOCK_SIZE)
@@ -167,80 +173,94 @@ def _decode_kernel(
         if WINDOW > 0:
             valid = valid & (positions >= start)
         tile_at = origin * pool_stride_slot
-        k_low, k_high = load_tile(
-            k_head + tile_at, slots, pool_stride_slot, columns, valid, HALF_DIM, BITS, DTYPE, PTX
+        oa, ob, oc, od = load_tile(
+            k_head + tile_at, slots, pool_stride_slot, words, valid, D, BITS, DTYPE, PTX, True
         )
-        v_low, v_high = load_tile(
-            v_head + tile_at, slots, pool_stride_slot, columns, valid, HALF_DIM, BITS, DTYPE, PTX
+        pa, pb, pc, pd = load_tile(
+            v_head + tile_at, slots, pool_stride_slot, words, valid, D, BITS, DTYPE, PTX, True
         )
-        scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
-        scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
+        scores = dot_keys(qa, qb, qc, qd, oa, ob, oc, od, BITS, PRECISION)
         v_scale = 1.0
         v_zero = 0.0
         if BITS < 16:
-            params_at = head * params_stride_head + (origin + slots) * params_stride_slot
+            params_at = (origin + slots) * params_stride_slot
             k_scale, k_zero = unpack_params(tl.load(k_params + params_at, mask=valid, other=0))
             v_scale, v_zero = unpack_params(tl.load(v_params + params_at, mask=valid, other=0))
-            scores = tl.fma(
-                scores, k_scale[None, :] + tl.zeros_like(scores), q_sum[:, None] * k_zero[None, :]
-            )
-        m, total, zeros, low, high = attend(
-            scores, valid[None, :], m, total, zeros, low, high, v_low, v_high, v_scale, v_zero,
-            softmax_scale, BITS, True, PRECISION,
+            scores = scores * k_scale[None, :] + q_sum[:, None] * k_zero[None, :]
+        m, totals, offsets, a, b, c, d = attend(
+            scores, valid[None, :], m, totals, offsets, a, b, c, d, pa, pb, pc, pd,
+            v_scale, v_zero, softmax_scale, BITS, True, PRECISION,
         )  # fmt: skip
-    low = low / lift + zeros[:, None]
-    high = high / lift + zeros[:, None]
+    total = tl.sum(totals, 1)
+    if BITS < 16:
+        offset = tl.sum(offsets, 1)[:, None]
+        a = a / LIFT + offset
+        b = b / LIFT + offset
+        if BITS == 4:
+            c = c / LIFT + offset
+            d = d / LIFT + offset
 
+    if split == 0:
+        stored = (one == 0) & (slot >= 0)
+        pool_at = slot * pool_stride_slot + one
+        params_at = slot * params_stride_slot + one
+        na, nb, nc, nd = store_parts(
+            ka, kb, kc, kd, k_head + pool_at, k_params + params_at if BITS < 16 else None,
+            words, stored, D, BITS, STATIC,
+        )  # fmt: skip
+        wa, wb, wc, wd = store_parts(
+            va, vb, vc, vd, v_head + pool_at, v_params + params_at if BITS < 16 else None,
+            words, stored, D, BITS, STATIC,
+        )  # fmt: skip
+        score = tl.sum(qa.to(tl.float32) * na, 1)
+        if BITS < 16:
+            score += tl.sum(qb.to(tl.float32) * nb, 1)
+        if BITS == 4:
+            score += tl.sum(qc.to(tl.float32) * nc, 1) + tl.sum(qd.to(tl.float32) * nd, 1)
+        score *= softmax_scale
+        m, total, a, b, c, d = merge(m, total, a, b, c, d, score, wa, wb, wc, wd, BITS)
+
+    group = (token * tl.num_programs(0) + kv_head) * GROUP
     if SPLIT and active > 1:
         # [sequence, KV head, split, query head of the group, D]
         pair = token * tl.num_programs(0) + kv_head
         mine = (pair * splits + split) * GROUP + rows
-        part = partial_ptr + mine[:, None] * D + columns
-        tl.store(part, low, mask=inside)
-        tl.store(part + HALF_DIM, high, mask=inside)
+        store_output(partial_ptr + (mine * D)[:, None], a, b, c, d, words, inside, D, BITS)
         tl.store(stats_ptr + mine * 2, m, mask=used)
         tl.store(stats_ptr + mine * 2 + 1, total, mask=used)
         # All threads' stores come before the one thread's release of them.
         tl.debug_barrier()
         arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel")
-        if arrived != active - 1:
-            return
-        tl.store(counter_ptr + pair, 0)
-        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        low = tl.zeros((BLOCK_M, HALF), tl.float32)
-        high = tl.zeros((BLOCK_M, HALF), tl.float32)
-        for other in range(0, active):
-            theirs = (pair * splits + other) * GROUP + rows
-            part = partial_ptr + theirs[:, None] * D + columns
-            # Past L1, which may hold what an earlier layer left in this workspace.
-            m_other = tl.load(stats_ptr + theirs * 2, mask=used, other=0.0, cache_modifier=".cg")
-            total_other = tl.load(
-                stats_ptr + theirs * 2 + 1, mask=used, other=1.0, cache_modifier=".cg"
-            )
-            low_other = tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
-            high_other = tl.load(part + HALF_DIM, mask=inside, other=0.0, cache_modifier=".cg")
-            m_new = tl.maximum(m, m_other)
-            alpha = tl.exp2(m - m_new)
-            beta = tl.exp2(m_other - m_new)
-            total = total * alpha + total_other * beta
-            low = low * alpha[:, None] + low_other * beta[:, None]
-            high = high * alpha[:, None] + high_other * beta[:, None]
-            m = m_new
-
-    # A padding sequence's row: nothing was attended to, whatever its q holds.
-    keep = inside & (seq_len > 0)
-    weight = 1.0 / tl.where(used & (seq_len > 0), total, 1.0)
-    out = out_ptr + ((token * tl.num_programs(0) + kv_head) * GROUP + rows)[:, None] * D + columns
-    kind: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out, tl.where(keep, low * weight[:, None], 0.0).to(kind), mask=inside)
-    tl.store(out + HALF_DIM, tl.where(keep, high * weight[:, None], 0.0).to(kind), mask=inside)
+        if arrived == active - 1:
+            tl.store(counter_ptr + pair, 0)
+            combine(
+                out_ptr + group * D, partial_ptr, stats_ptr, pair * splits * GROUP, active,
+                GROUP, D, CHUNK,
+            )  # fmt: skip
+    else:
+        # A padding sequence's row: nothing was attended to, whatever its q holds.
+        keep = used[:, None] & (seq_len > 0)
+        weight = 1.0 / tl.where(used & (seq_len > 0), total, 1.0)[:, None]
+        a = tl.where(keep, a * weight, 0.0)
+        if BITS < 16:
+            b = tl.where(keep, b * weight, 0.0)
+        if BITS == 4:
+            c = tl.where(keep, c * weight, 0.0)
+            d = tl.where(keep, d * weight, 0.0)
+        out = out_ptr + ((group + rows) * D)[:, None]
+        store_output(out, a, b, c, d, words, inside, D, BITS)
 
 
 def num_splits(sequences: int, kv_heads: int, max_seq_len: int, block_n: int, sms: int) -> int:
-    """Splits of a sequence: as many as fill the multiprocessors four times, of a tile at least."""
-    wanted = max(1, 4 * sms // (sequences * kv_heads))
-    return min(wanted, max(1, triton.cdiv(max_seq_len, block_n)), 128)
+    """Splits of a sequence, of a tile at least.
+
+    Four programs a multiprocessor fill the chip; twice as many, if they are of four tiles or more,
+    so that the last ones do not run alone.
+    """
+    pairs = sequences * kv_heads
+    tiles = max(1, triton.cdiv(max_seq_len, block_n))
+    fill, even = triton.cdiv(4 * sms, pairs), triton.cdiv(8 * sms, pairs)
+    return min(tiles, max(fill, min(even, tiles // 4)), 128)
 
 
 def _workspace(
@@ -290,16 +310,19 @@ def decode_attention(
     else:
         work = (None, None, None)
     k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
+    k_pool, v_pool = pool_words(cache.k, cache.bits), pool_words(cache.v, cache.bits)
+    # Partial results that fit in the registers at once.
+    chunk = 2048 * warps // (triton.next_power_of_2(group) * triton.next_power_of_2(head_dim))
     _decode_kernel[(kv_heads, sequences, splits)](
-        out, q, k, v, cos, sin, cache.k, cache.v, k_params, v_params,
+        out, q, k, v, cos, sin, k_pool, v_pool, k_params, v_params,
         metadata.slot_mapping, metadata.block_table, metadata.seq_lens_k, *work, scale * LOG2_E,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        cos.stride(0), cache.k.stride(0), cache.k.stride(1),
+        cos.stride(0), k_pool.stride(0), k_pool.stride(1),
         *((0, 0) if k_params is None else k_params.stride()),
-        metadata.block_table.stride(0), splits,
-        group, head_dim, half_columns(head_dim), cos.shape[-1],
+        metadata.block_table.stride(0), k_pool.shape[1] // metadata.block_size, splits,
+        group, head_dim, part_width(head_dim, cache.bits), cos.shape[-1],
         cache.bits, cache.static, metadata.block_size, window or 0,
-        splits > 1, max(16, triton.next_power_of_2(group)), tile, stages,
+        splits > 1, max(1, chunk), max(16, triton.next_power_of_2(group)), tile, stages,
         TL_DTYPES[dtype], "ieee" if dtype == torch.float32 else "tf32",
         q.is_cuda and dtype == torch.float16, pdl,
         num_warps=warps, **launch_options(pdl),

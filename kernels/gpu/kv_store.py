@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.kv_tiles import half_columns, packed_params, rotated, store_rows
+from kernels.gpu.kv_tiles import packed_params, part_width, pool_words, rotated, store_parts
 from kernels.gpu.launch import (
     launch_options,
     release_successor,
@@ -21,7 +21,7 @@ def _store_kernel(
     k_ptr, v_ptr, cos_ptr, sin_ptr, k_pool, v_pool, k_params, v_params, slot_mapping,
     k_stride_token, k_stride_head, v_stride_token, v_stride_head, rotary_stride,
     pool_stride_head, pool_stride_slot, params_stride_head, params_stride_slot,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROTARY_DIM: tl.constexpr,
     BITS: tl.constexpr, STATIC: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, blocks of HEADS KV heads)."""
@@ -32,27 +32,24 @@ def _store_kernel(
     slot = tl.load(slot_mapping + token)
     if slot < 0:
         return
-    HALF_DIM: tl.constexpr = D // 2
     mask = heads < KV_HEADS
-    columns = tl.arange(0, HALF)[None, :]
-    inside = mask[:, None] & (columns < HALF_DIM)
+    words = tl.arange(0, WIDTH)[None, :]
+    inside = mask[:, None] & (words < D * BITS // 16)
     rows = (k_ptr + token * k_stride_token + heads * k_stride_head)[:, None]
     cos = cos_ptr + token * rotary_stride if ROTARY_DIM > 0 else None
     sin = sin_ptr + token * rotary_stride if ROTARY_DIM > 0 else None
-    low = rotated(rows, cos, sin, columns, inside, D, ROTARY_DIM)
-    high = rotated(rows, cos, sin, columns + HALF_DIM, inside, D, ROTARY_DIM)
+    a, b, c, d = rotated(rows, cos, sin, words, inside, D, ROTARY_DIM, BITS)
     pool_offsets = heads.to(tl.int64) * pool_stride_head + slot * pool_stride_slot
     params_offsets = heads.to(tl.int64) * params_stride_head + slot * params_stride_slot
-    store_rows(
-        low, high, k_pool + pool_offsets, k_params + params_offsets if BITS < 16 else None,
-        columns, mask, HALF_DIM, BITS, STATIC,
+    store_parts(
+        a, b, c, d, k_pool + pool_offsets, k_params + params_offsets if BITS < 16 else None,
+        words, mask, D, BITS, STATIC,
     )  # fmt: skip
-    rows = (v_ptr + token * v_stride_token + heads * v_stride_head)[:, None] + columns
-    low = tl.load(rows, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(rows + HALF_DIM, mask=inside, other=0.0).to(tl.float32)
-    store_rows(
-        low, high, v_pool + pool_offsets, v_params + params_offsets if BITS < 16 else None,
-        columns, mask, HALF_DIM, BITS, STATIC,
+    rows = (v_ptr + token * v_stride_token + heads * v_stride_head)[:, None]
+    a, b, c, d = rotated(rows, None, None, words, inside, D, 0, BITS)
+    store_parts(
+        a, b, c, d, v_pool + pool_offsets, v_params + params_offsets if BITS < 16 else None,
+        words, mask, D, BITS, STATIC,
     )  # fmt: skip
 
 
@@ -69,14 +66,15 @@ def rope_and_store(
         return
     cos, sin = rotary if rotary is not None else (None, None)
     k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
+    k_pool, v_pool = pool_words(cache.k, cache.bits), pool_words(cache.v, cache.bits)
     heads = min(8, triton.next_power_of_2(kv_heads))
     pdl = supports_pdl(k)
     _store_kernel[(tokens, triton.cdiv(kv_heads, heads))](
-        k, v, cos, sin, cache.k, cache.v, k_params, v_params, slot_mapping,
+        k, v, cos, sin, k_pool, v_pool, k_params, v_params, slot_mapping,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), 0 if cos is None else cos.stride(0),
-        cache.k.stride(0), cache.k.stride(1),
+        k_pool.stride(0), k_pool.stride(1),
         *((0, 0) if k_params is None else k_params.stride()),
-        kv_heads, head_dim, half_columns(head_dim), 0 if cos is None else cos.shape[-1],
+        kv_heads, head_dim, part_width(head_dim, cache.bits), 0 if cos is None else cos.shape[-1],
         cache.bits, cache.static, heads, pdl,
         num_warps=4, **launch_options(pdl),
     )  # fmt: skip

@@ -1,7 +1,9 @@
 """Parts that the attention kernels share: rotating, quantizing, finding and widening KV.
 
-A vector of a head is handled as its two halves everywhere, each padded to HALF columns (a power of
-two, at least 16): rotating pairs them, and a byte of 4-bit KV holds one element of each.
+A vector of a head is handled in parts, so that unpacking moves nothing between threads. Quantized
+pools are read as 16-bit words, which tensor cores' loads can transpose: word j holds elements 2j
+and 2j + 1 (8 bits), or those and D / 2 further on (4 bits). So there is one part (16 bits), or an
+even and an odd one (8), or those two of each half (4): a, b, c, d, where the missing ones are 0.
 """
 
 from __future__ import annotations
@@ -16,13 +18,31 @@ from kernels.ops import KVCache
 
 @triton.jit
 def rotated(
-    x_ptr, cos_ptr, sin_ptr, columns, mask, D: tl.constexpr, ROTARY_DIM: tl.constexpr
-):
-    """float32 tile of x after rotation, rounded to x's dtype as the reference does.
+    x_ptr, cos_ptr, sin_ptr, words, mask, D: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """Parts of x as float32 after rotation, rounded to x's dtype as the reference does.
 
-    x_ptr, cos_ptr, sin_ptr point to the rows' first elements, shapes that broadcast with columns.
+    x_ptr, cos_ptr, sin_ptr point to the rows' first elements; words [1, WIDTH] counts a part's
+    columns; mask has the shape of the result.
     """
-    mask = mask & (columns < D)
+    HALF: tl.constexpr = D // 2
+    b = 0.0
+    c = 0.0
+    d = 0.0
+    if BITS == 16:
+        a = _rotated(x_ptr, cos_ptr, sin_ptr, words, mask, ROTARY_DIM)
+    else:
+        a = _rotated(x_ptr, cos_ptr, sin_ptr, 2 * words, mask, ROTARY_DIM)
+        b = _rotated(x_ptr, cos_ptr, sin_ptr, 2 * words + 1, mask, ROTARY_DIM)
+    if BITS == 4:
+        c = _rotated(x_ptr, cos_ptr, sin_ptr, 2 * words + HALF, mask, ROTARY_DIM)
+        d = _rotated(x_ptr, cos_ptr, sin_ptr, 2 * words + 1 + HALF, mask, ROTARY_DIM)
+    return a, b, c, d
+
+
+@triton.jit
+def _rotated(x_ptr, cos_ptr, sin_ptr, columns, mask, ROTARY_DIM: tl.constexpr):
     x = tl.load(x_ptr + columns, mask=mask, other=0.0)
     if ROTARY_DIM > 0:
         rotary_half: tl.constexpr = ROTARY_DIM // 2
@@ -37,6 +57,23 @@ def rotated(
 
 
 @triton.jit
+def store_output(
+    out_ptr, a, b, c, d, words, mask, D: tl.constexpr, BITS: tl.constexpr
+):
+    """Write parts [rows, WIDTH] where out_ptr [rows, 1] points, in the order of a vector."""
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    HALF: tl.constexpr = D // 2
+    if BITS == 16:
+        tl.store(out_ptr + words, a.to(kind), mask=mask)
+    else:
+        tl.store(out_ptr + 2 * words, a.to(kind), mask=mask)
+        tl.store(out_ptr + 2 * words + 1, b.to(kind), mask=mask)
+    if BITS == 4:
+        tl.store(out_ptr + 2 * words + HALF, c.to(kind), mask=mask)
+        tl.store(out_ptr + 2 * words + 1 + HALF, d.to(kind), mask=mask)
+
+
+@triton.jit
 def unpack_params(word):
     """(scale, zero) as float32 from the two float16 in an int32."""
     scale = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
@@ -45,17 +82,15 @@ def unpack_params(word):
 
 
 @triton.jit
-def measure_params(low, high, columns, HALF_DIM: tl.constexpr, BITS: tl.constexpr):
-    """The int32 of (scale, zero) of each row of (low, high) [rows, HALF] float32."""
-    inside = columns < HALF_DIM
-    top = tl.maximum(
-        tl.max(tl.where(inside, low, float("-inf")), 1),
-        tl.max(tl.where(inside, high, float("-inf")), 1),
-    )
-    zero = tl.minimum(
-        tl.min(tl.where(inside, low, float("inf")), 1),
-        tl.min(tl.where(inside, high, float("inf")), 1),
-    )
+def _measured(a, b, c, d, inside, BITS: tl.constexpr):
+    """The int32 of (scale, zero) of each row."""
+    top = tl.maximum(a, b)
+    low = tl.minimum(a, b)
+    if BITS == 4:
+        top = tl.maximum(top, tl.maximum(c, d))
+        low = tl.minimum(low, tl.minimum(c, d))
+    top = tl.max(tl.where(inside, top, float("-inf")), 1)
+    zero = tl.min(tl.where(inside, low, float("inf")), 1)
     steps: tl.constexpr = float(2**BITS - 1)
     scale = tl.maximum(tl.div_rn(top - zero, tl.full(top.shape, steps, tl.float32)), 1e-7)
     low_half = scale.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
@@ -64,8 +99,8 @@ def measure_params(low, high, columns, HALF_DIM: tl.constexpr, BITS: tl.constexp
 
 
 @triton.jit
-def quantized(x, scale, zero, BITS: tl.constexpr):
-    """Whole numbers, as float32, of x [rows, HALF] by scale and zero [rows]."""
+def _quantized(x, scale, zero, BITS: tl.constexpr):
+    """Whole numbers, as float32, of x [rows, WIDTH] by scale and zero [rows]."""
     steps: tl.constexpr = float(2**BITS - 1)
     scaled = tl.div_rn(x - zero[:, None], scale[:, None] + tl.zeros_like(x))
     scaled = tl.minimum(tl.maximum(scaled, 0.0), steps)
@@ -74,43 +109,45 @@ def quantized(x, scale, zero, BITS: tl.constexpr):
 
 
 @triton.jit
-def store_rows(
-    low, high, pool_ptr, params_ptr, columns, mask, HALF_DIM: tl.constexpr, BITS: tl.constexpr,
+def store_parts(
+    a, b, c, d, pool_ptr, params_ptr, words, mask, D: tl.constexpr, BITS: tl.constexpr,
     STATIC: tl.constexpr,
-):
-    """Write vectors (low, high) [rows, HALF] float32 where pool_ptr and params_ptr [rows] point.
+):  # fmt: skip
+    """Write vectors, parts [rows, WIDTH] float32, where pool_ptr and params_ptr [rows] point.
 
-    Returns what a reader will find there, as float32. `mask` [rows]: which rows are written.
+    Returns the parts as a reader will find them, float32. `mask` [rows]: which rows are written.
     """
-    inside = mask[:, None] & (columns < HALF_DIM)
+    inside = words < D * BITS // 16
+    pointers = pool_ptr[:, None] + words
     if BITS == 16:
-        low = low.to(pool_ptr.dtype.element_ty)
-        high = high.to(pool_ptr.dtype.element_ty)
-        tl.store(pool_ptr[:, None] + columns, low, mask=inside)
-        tl.store(pool_ptr[:, None] + HALF_DIM + columns, high, mask=inside)
-        return low.to(tl.float32), high.to(tl.float32)
+        a = a.to(pool_ptr.dtype.element_ty)
+        tl.store(pointers, a, mask=mask[:, None] & inside)
+        return a.to(tl.float32), b, c, d
     else:
         if STATIC:
             word = tl.load(params_ptr, mask=mask, other=0)
         else:
-            word = measure_params(low, high, columns, HALF_DIM, BITS)
+            word = _measured(a, b, c, d, inside, BITS)
             tl.store(params_ptr, word, mask=mask)
         scale, zero = unpack_params(word)
-        q_low = quantized(low, scale, zero, BITS)
-        q_high = quantized(high, scale, zero, BITS)
-        if BITS == 8:
-            tl.store(pool_ptr[:, None] + columns, q_low.to(tl.uint8), mask=inside)
-            tl.store(pool_ptr[:, None] + HALF_DIM + columns, q_high.to(tl.uint8), mask=inside)
-        else:
-            both = (q_low + 16.0 * q_high).to(tl.uint8)
-            tl.store(pool_ptr[:, None] + columns, both, mask=inside)
-        read_low = q_low * scale[:, None] + zero[:, None]
-        read_high = q_high * scale[:, None] + zero[:, None]
-        # Columns past the head's end must not count in a sum.
-        return (
-            tl.where(columns < HALF_DIM, read_low, 0.0),
-            tl.where(columns < HALF_DIM, read_high, 0.0),
-        )
+        a = _quantized(a, scale, zero, BITS)
+        b = _quantized(b, scale, zero, BITS)
+        both = a + 256.0 * b
+        if BITS == 4:
+            c = _quantized(c, scale, zero, BITS)
+            d = _quantized(d, scale, zero, BITS)
+            both += 16.0 * c + 4096.0 * d
+        both = both.to(tl.int32).to(tl.int16)
+        tl.store(pointers, both, mask=mask[:, None] & inside)
+        # Columns past the vector's end must not count in a sum.
+        scale = tl.where(inside, scale[:, None], 0.0)
+        zero = tl.where(inside, zero[:, None], 0.0)
+        a = a * scale + zero
+        b = b * scale + zero
+        if BITS == 4:
+            c = c * scale + zero
+            d = d * scale + zero
+        return a, b, c, d
 
 
 @triton.jit
@@ -139,11 +176,11 @@ def tile_slots(blocks, first, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def widened_bytes(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Bytes as numbers of DTYPE.
+def _widened_bytes(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """(low, high) bytes of 16-bit words as numbers of DTYPE.
 
-    A conversion instruction makes one number in the time of several others; a byte under 0x64 is
-    already the float16 1024 + byte.
+    A conversion instruction takes as long as several others; a byte under 0x64 is already the
+    float16 1024 + byte.
     """
     if PTX:
         return tl.inline_asm_elementwise(
@@ -151,20 +188,20 @@ def widened_bytes(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
             .reg .b32 hi, k, t0, t1;
             mov.b32 hi, 0x64646464;
             mov.b32 k, 0x64006400;
-            prmt.b32 t0, $2, hi, 0x4140;
-            prmt.b32 t1, $2, hi, 0x4342;
+            prmt.b32 t0, $2, hi, 0x4240;
+            prmt.b32 t1, $2, hi, 0x4341;
             sub.f16x2 $0, t0, k;
             sub.f16x2 $1, t1, k;
             }""",
-            "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-        )
+            "=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        return x.to(DTYPE)
+        return (x & 0xFF).to(DTYPE), ((x >> 8) & 0xFF).to(DTYPE)
 
 
 @triton.jit
-def widened_nibbles(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """(low, high) halves of bytes as numbers of DTYPE; 0x64h0 is the float16 1024 + 16 h."""
+def _widened_nibbles(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Nibbles 0, 2, 1, 3 of 16-bit words as numbers of DTYPE; 0x64h0 is 1024 + 16 h."""
     if PTX:
         return tl.inline_asm_elementwise(
             """{
@@ -173,8 +210,8 @@ def widened_nibbles(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
             mov.b32 k, 0x64006400;
             mov.b32 s, 0x2c002c00;
             mov.b32 m, 0xd400d400;
-            prmt.b32 t0, $4, hi, 0x4140;
-            prmt.b32 t1, $4, hi, 0x4342;
+            prmt.b32 t0, $4, hi, 0x4240;
+            prmt.b32 t1, $4, hi, 0x4341;
             and.b32 a, t0, 0x640f640f;
             and.b32 b, t1, 0x640f640f;
             and.b32 c, t0, 0x64f064f0;
@@ -184,42 +221,66 @@ def widened_nibbles(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
             fma.rn.f16x2 $2, c, s, m;
             fma.rn.f16x2 $3, d, s, m;
             }""",
-            "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
-        )
+            "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        return (x & 15).to(DTYPE), (x >> 4).to(DTYPE)
+        low, high = x & 0xFF, (x >> 8) & 0xFF
+        return (
+            (low & 15).to(DTYPE), (high & 15).to(DTYPE),
+            (low >> 4).to(DTYPE), (high >> 4).to(DTYPE),
+        )  # fmt: skip
 
 
 @triton.jit
 def load_tile(
-    pool_ptr, rows, slot_stride, columns, valid, HALF_DIM: tl.constexpr, BITS: tl.constexpr,
-    DTYPE: tl.constexpr, PTX: tl.constexpr, MASKED: tl.constexpr = True,
-):
-    """The halves [BLOCK_N, HALF] of a tile's vectors, as stored but widened to DTYPE.
+    pool_ptr, rows, slot_stride, words, valid, D: tl.constexpr, BITS: tl.constexpr,
+    DTYPE: tl.constexpr, PTX: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The parts [BLOCK_N, WIDTH] of a tile's vectors, as stored but widened to DTYPE.
 
     Rows that are not `valid` [BLOCK_N] are 0: what lies there may be anything, NaN too. Without
     MASKED all are valid.
     """
-    HALF: tl.constexpr = columns.shape[1]
-    pointers = pool_ptr + rows[:, None] * slot_stride + columns
-    mask = valid[:, None] if MASKED else columns >= 0
-    if HALF != HALF_DIM:
-        mask = mask & (columns < HALF_DIM)
+    pointers = pool_ptr + rows[:, None] * slot_stride + words
+    mask = valid[:, None] if MASKED else words >= 0
+    if words.shape[1] != D * BITS // 16:
+        mask = mask & (words < D * BITS // 16)
+    x = tl.load(pointers, mask=mask, other=0)
+    b = 0.0
+    c = 0.0
+    d = 0.0
     if BITS == 16:
-        low = tl.load(pointers, mask=mask, other=0.0)
-        high = tl.load(pointers + HALF_DIM, mask=mask, other=0.0)
-        return low.to(DTYPE), high.to(DTYPE)
+        a = x.to(DTYPE)
     elif BITS == 8:
-        low = tl.load(pointers, mask=mask, other=0)
-        high = tl.load(pointers + HALF_DIM, mask=mask, other=0)
-        return widened_bytes(low, DTYPE, PTX), widened_bytes(high, DTYPE, PTX)
+        a, b = _widened_bytes(x, DTYPE, PTX)
     else:
-        return widened_nibbles(tl.load(pointers, mask=mask, other=0), DTYPE, PTX)
+        a, b, c, d = _widened_nibbles(x, DTYPE, PTX)
+    return a, b, c, d
 
 
-def half_columns(head_dim: int) -> int:
-    """Columns a half of a head takes in a tile: what tl.dot needs at least is 16."""
-    return max(16, triton.next_power_of_2(head_dim // 2))
+@triton.jit
+def dot_keys(
+    qa, qb, qc, qd, ka, kb, kc, kd, BITS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Products [BLOCK_M, BLOCK_N] of queries and keys in parts."""
+    scores = tl.dot(qa, tl.trans(ka), input_precision=PRECISION)
+    if BITS < 16:
+        scores = tl.dot(qb, tl.trans(kb), scores, input_precision=PRECISION)
+    if BITS == 4:
+        scores = tl.dot(qc, tl.trans(kc), scores, input_precision=PRECISION)
+        scores = tl.dot(qd, tl.trans(kd), scores, input_precision=PRECISION)
+    return scores
+
+
+def part_width(head_dim: int, bits: int) -> int:
+    """Columns a part takes in a tile: what tl.dot needs at least is 16."""
+    return max(16, triton.next_power_of_2(head_dim * bits // 16))
+
+
+def pool_words(pool: Tensor, bits: int) -> Tensor:
+    """A pool as the kernels read it: quantized ones in 16-bit words, [K, N, D / 2 or D / 4]."""
+    return pool if bits == 16 else pool.view(torch.int16)
 
 
 def dot_dtype(q: Tensor, cache: KVCache) -> torch.dtype:

@@ -11,13 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.decode_attention import LIFT, LOG2_E, TL_DTYPES, attend
+from kernels.gpu.attention_softmax import LIFT, attend
+from kernels.gpu.decode_attention import LOG2_E, TL_DTYPES
 from kernels.gpu.kv_tiles import (
     dot_dtype,
-    half_columns,
+    dot_keys,
     load_tile,
     packed_params,
+    part_width,
+    pool_words,
     rotated,
+    store_output,
     tile_blocks,
     tile_slots,
     unpack_params,
@@ -33,10 +37,10 @@ from kernels.ops import AttentionMetadata, KVCache
 
 @triton.jit
 def _attend_tiles(
-    tile_from, tile_to, m, total, zeros, low, high, q_low, q_high, q_sum, positions, row_start,
+    tile_from, tile_to, m, total, offset, a, b, c, d, qa, qb, qc, qd, q_sum, positions, row_start,
     k_head, v_head, k_params, v_params, table, limit, softmax_scale,
-    pool_stride_slot, params_stride_slot, columns,
-    HALF_DIM: tl.constexpr, BITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    pool_stride_slot, params_stride_slot, words,
+    D: tl.constexpr, BITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
@@ -47,16 +51,15 @@ def _attend_tiles(
         blocks = tile_blocks(table, (tile + 1) * BLOCK_N, limit, BLOCK_N, BLOCK_SIZE)
         keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         tile_at = origin * pool_stride_slot
-        k_low, k_high = load_tile(
-            k_head + tile_at, slots, pool_stride_slot, columns, keys < limit,
-            HALF_DIM, BITS, DTYPE, PTX, MASKED,
+        ka, kb, kc, kd = load_tile(
+            k_head + tile_at, slots, pool_stride_slot, words, keys < limit, D, BITS, DTYPE, PTX,
+            MASKED,
         )  # fmt: skip
-        v_low, v_high = load_tile(
-            v_head + tile_at, slots, pool_stride_slot, columns, keys < limit,
-            HALF_DIM, BITS, DTYPE, PTX, MASKED,
+        va, vb, vc, vd = load_tile(
+            v_head + tile_at, slots, pool_stride_slot, words, keys < limit, D, BITS, DTYPE, PTX,
+            MASKED,
         )  # fmt: skip
-        scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
-        scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
+        scores = dot_keys(qa, qb, qc, qd, ka, kb, kc, kd, BITS, PRECISION)
         v_scale = 1.0
         v_zero = 0.0
         if BITS < 16:
@@ -69,11 +72,11 @@ def _attend_tiles(
                 scores, k_scale[None, :] + tl.zeros_like(scores), q_sum[:, None] * k_zero[None, :]
             )
         valid = (keys[None, :] <= positions[:, None]) & (keys[None, :] >= row_start[:, None])
-        m, total, zeros, low, high = attend(
-            scores, valid, m, total, zeros, low, high, v_low, v_high, v_scale, v_zero,
+        m, total, offset, a, b, c, d = attend(
+            scores, valid, m, total, offset, a, b, c, d, va, vb, vc, vd, v_scale, v_zero,
             softmax_scale, BITS, MASKED, PRECISION,
         )  # fmt: skip
-    return m, total, zeros, low, high
+    return m, total, offset, a, b, c, d
 
 
 # Of these numbers no variant is worth compiling.
@@ -83,7 +86,7 @@ def _prefill_kernel(
     block_table, cu_seqlens, seq_lens, softmax_scale, first_sequence,
     q_stride_token, q_stride_head, rotary_stride, pool_stride_head, pool_stride_slot,
     params_stride_head, params_stride_slot, table_stride,
-    GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROTARY_DIM: tl.constexpr,
     BITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     PTX: tl.constexpr, PDL: tl.constexpr,
@@ -93,7 +96,6 @@ def _prefill_kernel(
     sequence = first_sequence + tl.program_id(2)
     release_successor(PDL)
     wait_for_predecessor(PDL)
-    HALF_DIM: tl.constexpr = D // 2
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     query_start = tl.load(cu_seqlens + sequence)
     query_len = tl.load(cu_seqlens + sequence + 1) - query_start
@@ -122,47 +124,59 @@ def _prefill_kernel(
     if WINDOW > 0:
         tile_full = tile_from
 
-    columns = tl.arange(0, HALF)[None, :]
-    inside = used[:, None] & (columns < HALF_DIM)
+    words = tl.arange(0, WIDTH)[None, :]
+    inside = used[:, None] & (words < D * BITS // 16)
     flat = (query_start + tokens).to(tl.int64)
     heads = kv_head * GROUP + rows % GROUP
     q_rows = q_ptr + (flat * q_stride_token + heads * q_stride_head)[:, None]
     cos = cos_ptr + (flat * rotary_stride)[:, None] if ROTARY_DIM > 0 else None
     sin = sin_ptr + (flat * rotary_stride)[:, None] if ROTARY_DIM > 0 else None
-    q_low = rotated(q_rows, cos, sin, columns, inside, D, ROTARY_DIM).to(DTYPE)
-    q_high = rotated(q_rows, cos, sin, columns + HALF_DIM, inside, D, ROTARY_DIM).to(DTYPE)
-    q_sum = tl.zeros((BLOCK_M,), tl.float32)
+    qa, qb, qc, qd = rotated(q_rows, cos, sin, words, inside, D, ROTARY_DIM, BITS)
+    qa = qa.to(DTYPE)
+    q_sum = 0.0
     if BITS < 16:
-        q_sum = tl.sum(q_low.to(tl.float32), 1) + tl.sum(q_high.to(tl.float32), 1)
+        qb = qb.to(DTYPE)
+        q_sum = tl.sum(qa.to(tl.float32), 1) + tl.sum(qb.to(tl.float32), 1)
         k_params += kv_head.to(tl.int64) * params_stride_head
         v_params += kv_head.to(tl.int64) * params_stride_head
+    if BITS == 4:
+        qc = qc.to(DTYPE)
+        qd = qd.to(DTYPE)
+        q_sum += tl.sum(qc.to(tl.float32), 1) + tl.sum(qd.to(tl.float32), 1)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    zeros = tl.zeros((BLOCK_M,), tl.float32)
-    low = tl.zeros((BLOCK_M, HALF), tl.float32)
-    high = tl.zeros((BLOCK_M, HALF), tl.float32)
+    offset = tl.zeros((BLOCK_M,), tl.float32)
+    a = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    b = tl.zeros((BLOCK_M, WIDTH), tl.float32) if BITS < 16 else 0.0
+    c = tl.zeros((BLOCK_M, WIDTH), tl.float32) if BITS == 4 else 0.0
+    d = tl.zeros((BLOCK_M, WIDTH), tl.float32) if BITS == 4 else 0.0
     k_head = k_pool + kv_head.to(tl.int64) * pool_stride_head
     v_head = v_pool + kv_head.to(tl.int64) * pool_stride_head
     table = block_table + sequence.to(tl.int64) * table_stride
-    m, total, zeros, low, high = _attend_tiles(
-        tile_from, tile_full, m, total, zeros, low, high, q_low, q_high, q_sum, positions,
+    m, total, offset, a, b, c, d = _attend_tiles(
+        tile_from, tile_full, m, total, offset, a, b, c, d, qa, qb, qc, qd, q_sum, positions,
         row_start, k_head, v_head, k_params, v_params, table, limit, softmax_scale,
-        pool_stride_slot, params_stride_slot, columns,
-        HALF_DIM, BITS, BLOCK_SIZE, BLOCK_N, STAGES, False, DTYPE, PRECISION, PTX,
+        pool_stride_slot, params_stride_slot, words,
+        D, BITS, BLOCK_SIZE, BLOCK_N, STAGES, False, DTYPE, PRECISION, PTX,
     )  # fmt: skip
-    m, total, zeros, low, high = _attend_tiles(
-        tile_full, tile_to, m, total, zeros, low, high, q_low, q_high, q_sum, positions,
+    m, total, offset, a, b, c, d = _attend_tiles(
+        tile_full, tile_to, m, total, offset, a, b, c, d, qa, qb, qc, qd, q_sum, positions,
         row_start, k_head, v_head, k_params, v_params, table, limit, softmax_scale,
-        pool_stride_slot, params_stride_slot, columns,
-        HALF_DIM, BITS, BLOCK_SIZE, BLOCK_N, STAGES, True, DTYPE, PRECISION, PTX,
+        pool_stride_slot, params_stride_slot, words,
+        D, BITS, BLOCK_SIZE, BLOCK_N, STAGES, True, DTYPE, PRECISION, PTX,
     )  # fmt: skip
-    lift: tl.constexpr = 1.0 if BITS == 16 else LIFT
     weight = (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
-    low = (low / lift + zeros[:, None]) * weight
-    high = (high / lift + zeros[:, None]) * weight
-    out = out_ptr + (flat * (tl.num_programs(0) * GROUP) + heads)[:, None] * D + columns
-    tl.store(out, low.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(out + HALF_DIM, high.to(out_ptr.dtype.element_ty), mask=inside)
+    if BITS < 16:
+        offset = offset[:, None] * weight
+        a = a * (weight / LIFT) + offset
+        b = b * (weight / LIFT) + offset
+        if BITS == 4:
+            c = c * (weight / LIFT) + offset
+            d = d * (weight / LIFT) + offset
+    else:
+        a = a * weight
+    out = out_ptr + ((flat * (tl.num_programs(0) * GROUP) + heads) * D)[:, None]
+    store_output(out, a, b, c, d, words, inside, D, BITS)
 
 
 def prefill_attention(
@@ -195,16 +209,17 @@ def prefill_attention(
     block_m = max(block_m, triton.next_power_of_2(group))
     cos, sin = rotary if rotary is not None else (None, None)
     k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
+    k_pool, v_pool = pool_words(cache.k, cache.bits), pool_words(cache.v, cache.bits)
     pdl = supports_pdl(q)
     grid = (kv_heads, triton.cdiv(longest, block_m // group), sequences)
     _prefill_kernel[grid](
-        out, q, cos, sin, cache.k, cache.v, k_params, v_params,
+        out, q, cos, sin, k_pool, v_pool, k_params, v_params,
         metadata.block_table, metadata.cu_seqlens_q, metadata.seq_lens_k, scale * LOG2_E,
         first_sequence, q.stride(0), q.stride(1), 0 if cos is None else cos.stride(0),
-        cache.k.stride(0), cache.k.stride(1),
+        k_pool.stride(0), k_pool.stride(1),
         *((0, 0) if k_params is None else k_params.stride()),
         metadata.block_table.stride(0),
-        group, head_dim, half_columns(head_dim), 0 if cos is None else cos.shape[-1],
+        group, head_dim, part_width(head_dim, cache.bits), 0 if cos is None else cos.shape[-1],
         cache.bits, metadata.block_size, window or 0, block_m, block_n, stages,
         TL_DTYPES[dtype], "ieee" if dtype == torch.float32 else "tf32",
         q.is_cuda and dtype == torch.float16, pdl,

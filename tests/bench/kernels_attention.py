@@ -17,7 +17,7 @@ from itertools import product
 
 import torch
 
-from kernels.gpu.attention import attention
+from kernels.gpu import attention
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.kv_store import rope_and_store
 from kernels.gpu.prefill_attention import prefill_attention

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ops.gpu_device import DEVICE  # isort: skip  (before triton)
-import kernels.gpu.attention as gpu
+import kernels.gpu as gpu
 import kernels.reference
 from kernels.gpu.decode_attention import decode_attention
 from kernels.ops import AttentionMetadata, KVCache
