@@ -1,11 +1,12 @@
 # make run   the page and the API with the bundled model        make test   the whole test suite
 # make check  ruff and mypy                                      make bench  figures of this machine
+# make test-gpu PYTHON=python3   the tests that need a GPU
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check bench docs clean
+.PHONY: run test test-gpu check bench docs clean
 
 run: $(VENV)/.run
 	$(BIN)/python app.py $(MODEL)
@@ -13,6 +14,10 @@ run: $(VENV)/.run
 test: $(VENV)/.dev
 	$(BIN)/python -m tests.browser
 	$(BIN)/python -m pytest tests
+
+# On a machine with an NVIDIA GPU; uses PYTHON as it is, and installs nothing.
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu tests/ops tests/property
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from backend.errors import UserError
 from backend.layers.parallel import ParallelContext
 from tests.tiny_model import FAMILIES, make_checkpoint
 
+DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo_model"
 TOKENS = 24
 
 
@@ -123,6 +124,27 @@ def test_from_the_prefix_cache(checkpoint, expected):
     assert all_at_once(engine) == expected
     assert all_at_once(engine) == expected
     assert engine.scheduler.stats.num_cached_tokens > 64
+
+
+@pytest.mark.parametrize(("quant_policy", "tolerance"), [(8, 0.1), (4, 1.5)])
+def test_quantized_kv_cache(quant_policy, tolerance):
+    """The bundled model's log-probability of its next word, after some that were read back."""
+    texts = [[300 + 7 * i + j for j in range(20)] for i in range(5)]
+    found = []
+    for policy in (0, quant_policy):
+        engine = engine_for(DEMO, quant_policy=policy, max_prefill_token_num=16, max_batch_size=4)
+        assert engine.runner.info.kv_bits == (policy or 32)
+        for i, text in enumerate(texts):
+            sampling = SamplingParams(temperature=0.0, max_tokens=1, logprobs=5)
+            engine.add_request(Request(str(i), text, sampling))
+        outputs = []
+        while engine.has_work():
+            outputs += engine.step()
+        found.append({o.request_id: dict(o.logprobs[0].top) for o in outputs})
+    for name, plain in found[0].items():
+        best = max(plain, key=plain.__getitem__)
+        assert abs(found[1][name][best] - plain[best]) < tolerance
+    assert found[0] != found[1]
 
 
 def test_joining_and_leaving(checkpoint, expected):
