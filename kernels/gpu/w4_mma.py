@@ -24,9 +24,9 @@ from kernels.gpu.w4_unpack import offsets_of, pair_values, scale_of, unpack_pair
 def _mma_asm(groups: int, bf16: bool) -> str:
     """Eight mma over 128 columns of 16 rows; each group's sum is scaled and added to a result.
 
-    Operands by fours (one for each u of the packing): $0 results; $4 the pairs (s, h) of rows r,
-    $20 those of rows r + 8, $36 those of x; $52 and $56 scales (low half) of both rows; $60 what
-    the results are added to.
+    Operands: $0 to $3 results; from $4 the pairs of rows r (a word's four side by side, words in
+    turn), from $20 those of rows r + 8, from $36 those of x; from $52 and $56 the scales (low
+    half) of both rows for each word; from $60 what the results are added to.
     """
     kind = "bf16" if bf16 else "f16"
     lines = [
@@ -39,8 +39,9 @@ def _mma_asm(groups: int, bf16: bool) -> str:
     for u in range(4):
         first = u % per_group == 0
         for s in range(2):
-            a = [f"${4 + 16 * half + 4 * (2 * s + h) + u}" for h in range(2) for half in range(2)]
-            b = [f"${36 + 4 * (2 * s + h) + u}" for h in range(2)]
+            pair = 4 * u + 2 * s
+            a = [f"${base + pair + h}" for h in range(2) for base in (4, 20)]
+            b = [f"${36 + pair + h}" for h in range(2)]
             c = "nought, nought, nought, nought" if first and s == 0 else "d0, d1, d2, d3"
             lines.append(
                 f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{d0, d1, d2, d3}}, "
@@ -58,94 +59,133 @@ def _mma_asm(groups: int, bf16: bool) -> str:
     return "\n".join([*lines, "}"])
 
 
-# Four results are written before the last of the inputs is read: "&".
+# Results are written before the last of the inputs is read: "&".
 MMA_CONSTRAINTS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 56 + ["f"] * 4))
+LOAD_WORDS = tl.constexpr("""
+{
+.reg .pred wanted;
+setp.ne.b32 wanted, $5, 0;
+mov.b32 $0, 0;
+mov.b32 $1, 0;
+mov.b32 $2, 0;
+mov.b32 $3, 0;
+@wanted ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];
+}
+""")
 
-@triton.constexpr_function
-def _scales_asm(groups: int) -> str:
-    """Loads of what no kernel changes: one for each group of a tile, for four addresses."""
-    per_group = 4 // groups
-    return "\n".join(
-        f"mov.b32 ${u}, ${u - u % per_group};"
-        if u % per_group
-        else f"ld.global.nc.b32 ${u}, [${4 + u}];"
-        for u in range(4)
-    )
+
+@triton.jit
+def _load_words(pointers, wanted, ASM: tl.constexpr):
+    """A row's four words for each lane, zeros where not wanted.
+
+    In the order of the program, as not pure: before the wait for the kernel before this one.
+    """
+    if ASM:
+        a, b, c, d = tl.inline_asm_elementwise(
+            LOAD_WORDS,
+            "=&r,=&r,=&r,=&r,l,r",
+            [pointers, wanted.to(tl.int32)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        a = tl.load(pointers, mask=wanted, other=0)
+        b = tl.load(pointers + 1, mask=wanted, other=0)
+        c = tl.load(pointers + 2, mask=wanted, other=0)
+        d = tl.load(pointers + 3, mask=wanted, other=0)
+    return a, b, c, d
+
+
+@triton.jit
+def _load_scale(pointers, ASM: tl.constexpr):
+    if ASM:  # tl.load would ask for a layout that follows the rows
+        word = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        word = tl.load(pointers)
+    return word
 
 
 @triton.jit
 def _load_scales(pointers, GROUPS: tl.constexpr, ASM: tl.constexpr):
-    if ASM:
-        # Through tl.load, these would ask for a layout of their own.
-        words = tl.inline_asm_elementwise(
-            _scales_asm(GROUPS),
-            "=&r,=&r,=&r,=&r,l,l,l,l",
-            [pointers],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=4,
-        )
+    """A row's (scale, zero) for each of its four words; groups lie 64 apart."""
+    first = _load_scale(pointers, ASM)
+    if GROUPS == 1:
+        words = (first, first, first, first)
+    elif GROUPS == 2:
+        second = _load_scale(pointers + 64, ASM)
+        words = (first, first, second, second)
     else:
-        words = tl.load(pointers)
+        words = (
+            first,
+            _load_scale(pointers + 64, ASM),
+            _load_scale(pointers + 128, ASM),
+            _load_scale(pointers + 192, ASM),
+        )
     return words
+
+
+@triton.jit
+def _unpack(w0, w1, w2, w3, scales, BF16: tl.constexpr, ASM: tl.constexpr):
+    """The 16 pairs of a row's four words."""
+    low, high = offsets_of(scales[0], BF16)
+    p0 = unpack_pairs(w0, low, high, BF16, ASM)
+    low, high = offsets_of(scales[1], BF16)
+    p1 = unpack_pairs(w1, low, high, BF16, ASM)
+    low, high = offsets_of(scales[2], BF16)
+    p2 = unpack_pairs(w2, low, high, BF16, ASM)
+    low, high = offsets_of(scales[3], BF16)
+    p3 = unpack_pairs(w3, low, high, BF16, ASM)
+    return p0 + p1 + p2 + p3
 
 
 @triton.jit
 def _multiply(low, high, x, scales_low, scales_high, acc, GROUPS: tl.constexpr,
               BF16: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """acc plus the product of 16 rows with 8 tokens; all [WARPS, 8, 16].
+    """acc plus the product of 16 rows with 8 tokens over 128 columns; all tensors [WARPS, 8, 4].
 
-    low, high: pairs of rows r and r + 8; x: pairs of token r. Of the results, element 4c + i is
-    row r + 8 * (i // 2), token 2c + i % 2: that is how the instruction leaves them.
+    low, high: pairs of rows r and r + 8; x: pairs of token r. Result i is that of row
+    r + 8 * (i // 2) and token 2c + i % 2: that is how the instruction leaves them.
     """
     if ASM:
-        result = tl.inline_asm_elementwise(
+        a, b, c, d = tl.inline_asm_elementwise(
             _mma_asm(GROUPS, BF16),
             MMA_CONSTRAINTS,
-            [
-                low[0], low[1], low[2], low[3],
-                high[0], high[1], high[2], high[3],
-                x[0], x[1], x[2], x[3],
-                scales_low, scales_high, acc,
-            ],
-            dtype=tl.float32,
+            low + high + x + scales_low + scales_high + acc,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=True,
-            pack=4,
-        )  # fmt: skip
+            pack=1,
+        )
     else:
-        first = _plain_product(low, x, scales_low, BF16)
-        second = _plain_product(high, x, scales_high, BF16)
-        WARPS: tl.constexpr = acc.shape[0]
-        shape: tl.constexpr = (WARPS, 8, 4, 2)
-        both = tl.join(tl.reshape(first, shape), tl.reshape(second, shape))
-        both = tl.permute(both, (0, 1, 2, 4, 3))
-        result = acc + tl.reshape(both, (WARPS, 8, 16))
-    return result
+        a, b = _plain_product(low, x, scales_low, BF16)
+        c, d = _plain_product(high, x, scales_high, BF16)
+        a, b, c, d = a + acc[0], b + acc[1], c + acc[2], d + acc[3]
+    return a, b, c, d
 
 
 @triton.jit
 def _plain_product(weights, x, scales, BF16: tl.constexpr):
-    """[WARPS, 8 rows, 8 tokens]."""
-    total = tl.zeros([scales.shape[0], 8, 8], dtype=tl.float32)
-    for i in tl.static_range(4):
+    """The product [WARPS, 8 rows, 8 tokens] as even and odd tokens."""
+    WARPS: tl.constexpr = scales[0].shape[0]
+    total = tl.zeros([WARPS, 8, 8], dtype=tl.float32)
+    for i in tl.static_range(16):
         w_first, w_second = pair_values(weights[i], BF16)
         x_first, x_second = pair_values(x[i], BF16)
-        scale = scale_of(scales)
+        scale = scale_of(scales[i // 4])
         total += tl.sum((w_first * scale)[:, :, None, :] * x_first[:, None, :, :], axis=3)
         total += tl.sum((w_second * scale)[:, :, None, :] * x_second[:, None, :, :], axis=3)
-    return total
+    even, odd = tl.split(tl.reshape(total, (WARPS, 8, 4, 2)))
+    return even, odd
 
 
 @triton.jit
-def _load_words(words, tiles, columns: tl.constexpr, EVEN: tl.constexpr):
-    """int32 [WARPS, 8, 16] of a warp's tile; read once, so they need not stay in a cache."""
-    if EVEN:
-        loaded = tl.load(words + tiles * 1024, eviction_policy="evict_first")
-    else:
-        loaded = tl.load(
-            words + tiles * 1024, mask=tiles < columns, other=0, eviction_policy="evict_first"
-        )
-    return loaded
+def _total(parts, first: tl.constexpr):
+    """Four results [WARPS, 8, 4], summed over the warps: [8, 4, token's parity, row's half]."""
+    upper = tl.join(parts[first], parts[first + 1])
+    lower = tl.join(parts[first + 2], parts[first + 3])
+    return tl.sum(tl.join(upper, lower), axis=0)
 
 
 @triton.jit
@@ -173,12 +213,12 @@ def w4_mma_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # Every load of a matrix has this shape, so that all have one layout: a lane has [.., r, 4c:].
+    # Every tensor has this shape: one element a lane, so that lane 4r + c has element [warp, r, c]
+    # in whatever layout Triton chooses.
     warp = tl.arange(0, WARPS)[:, None, None]
     r = tl.arange(0, 8)[None, :, None]
-    word = tl.arange(0, 16)[None, None, :]
+    c = tl.arange(0, 4)[None, None, :]
     STEPS: tl.constexpr = (COLUMN_TILES + WARPS - 1) // WARPS
-    EVEN: tl.constexpr = COLUMN_TILES % WARPS == 0
     HALVES: tl.constexpr = 2 if GATED else 1
     PARTS: tl.constexpr = BLOCKS * HALVES * 2  # rows r and r + 8 of each block
 
@@ -189,77 +229,99 @@ def w4_mma_kernel(
         row = base + (part // 2 % BLOCKS) * 16 + (part % 2) * 8 + r
         if part // 2 >= BLOCKS:
             row += up_row
-        row = tl.minimum(row, last_row)
-        tile = (row // 64) * COLUMN_TILES
-        places = places + (qweight + tile * 1024 + (row % 64) * 16 + word,)
-        group = (word % 4) // (4 // GROUPS)
-        scale_places = scale_places + (scale_zero + (tile * GROUPS + group) * 64 + row % 64,)
+        row = tl.minimum(row, last_row) + c * 0
+        tile = (row // 64) * COLUMN_TILES + warp
+        places = places + (qweight + tile * 1024 + (row % 64) * 16 + 4 * c,)
+        scale_places = scale_places + (scale_zero + tile * (64 * GROUPS) + row % 64,)
 
+    always = (warp + r + c) >= 0
     ring = ()
     for i in tl.static_range(min(AHEAD, STEPS)):
+        wanted = always if (i + 1) * WARPS <= COLUMN_TILES else always & (
+            i * WARPS + warp < COLUMN_TILES
+        )
         for part in tl.static_range(PARTS):
-            ring = ring + (_load_words(places[part], i * WARPS + warp, COLUMN_TILES, EVEN),)
+            ring = ring + _load_words(places[part] + i * (WARPS * 1024), wanted, ASM)
     release_successor(PDL)
     wait_for_predecessor(PDL)
 
     first_token = tl.program_id(1) * TOKENS
     TOKEN_TILES: tl.constexpr = TOKENS // 8
     accs = ()
-    for _ in tl.static_range(BLOCKS * HALVES * TOKEN_TILES):
-        accs = accs + (tl.zeros([WARPS, 8, 16], dtype=tl.float32),)
+    for _ in tl.static_range(BLOCKS * HALVES * TOKEN_TILES * 4):
+        accs = accs + (tl.zeros([WARPS, 8, 4], dtype=tl.float32),)
     for i in tl.static_range(STEPS):
-        tiles = i * WARPS + warp
         if i + AHEAD < STEPS:
+            wanted = always if (i + AHEAD + 1) * WARPS <= COLUMN_TILES else always & (
+                (i + AHEAD) * WARPS + warp < COLUMN_TILES
+            )
             for part in tl.static_range(PARTS):
-                following = (i + AHEAD) * WARPS + warp
-                ring = ring + (_load_words(places[part], following, COLUMN_TILES, EVEN),)
+                ring = ring + _load_words(places[part] + (i + AHEAD) * (WARPS * 1024), wanted, ASM)
+        tile = i * WARPS + warp
         xs = ()
         for t in tl.static_range(TOKEN_TILES):
             token = first_token + 8 * t + r
-            for pair in tl.static_range(4):
-                column = tiles * 64 + (word % 4) * 16 + pair * 4 + word // 4
-                mask = (token < tokens) & (column < x_pairs)
-                xs = xs + (tl.load(x + token.to(tl.int64) * x_stride + column, mask, other=0),)
-        clamped = tl.minimum(tiles, COLUMN_TILES - 1)
+            row_place = x + token.to(tl.int64) * x_stride
+            for pair in tl.static_range(16):
+                column = tile * 64 + pair * 4 + c
+                mask = token < tokens
+                if (i + 1) * WARPS * 64 > x_pairs:
+                    mask = mask & (column < x_pairs)
+                xs = xs + (tl.load(row_place + column, mask, other=0),)
+        # A warp without a tile left reads some scale again; its words and its x are zero.
+        tile = tl.minimum(tile, COLUMN_TILES - 1) - warp
         sums = ()
         for block in tl.static_range(BLOCKS * HALVES):
-            group = clamped * (64 * GROUPS)
-            low_scales = _load_scales(scale_places[2 * block] + group, GROUPS, ASM)
-            high_scales = _load_scales(scale_places[2 * block + 1] + group, GROUPS, ASM)
-            first, second = offsets_of(low_scales, BF16)
-            low = unpack_pairs(ring[i * PARTS + 2 * block], first, second, BF16, ASM)
-            first, second = offsets_of(high_scales, BF16)
-            high = unpack_pairs(
-                ring[i * PARTS + 2 * block + 1], first, second, BF16, ASM
+            low_scales = _load_scales(scale_places[2 * block] + tile * (64 * GROUPS), GROUPS, ASM)
+            high_scales = _load_scales(
+                scale_places[2 * block + 1] + tile * (64 * GROUPS), GROUPS, ASM
+            )
+            low = _unpack(
+                ring[(i * PARTS + 2 * block) * 4],
+                ring[(i * PARTS + 2 * block) * 4 + 1],
+                ring[(i * PARTS + 2 * block) * 4 + 2],
+                ring[(i * PARTS + 2 * block) * 4 + 3],
+                low_scales,
+                BF16,
+                ASM,
+            )
+            high = _unpack(
+                ring[(i * PARTS + 2 * block) * 4 + 4],
+                ring[(i * PARTS + 2 * block) * 4 + 5],
+                ring[(i * PARTS + 2 * block) * 4 + 6],
+                ring[(i * PARTS + 2 * block) * 4 + 7],
+                high_scales,
+                BF16,
+                ASM,
             )
             for t in tl.static_range(TOKEN_TILES):
-                sums = sums + (
-                    _multiply(
-                        low,
-                        high,
-                        (xs[4 * t], xs[4 * t + 1], xs[4 * t + 2], xs[4 * t + 3]),
-                        low_scales,
-                        high_scales,
-                        accs[block * TOKEN_TILES + t],
-                        GROUPS,
-                        BF16,
-                        ASM,
-                    ),
+                sums = sums + _multiply(
+                    low,
+                    high,
+                    xs[16 * t : 16 * t + 16],
+                    low_scales,
+                    high_scales,
+                    accs[4 * (block * TOKEN_TILES + t) : 4 * (block * TOKEN_TILES + t) + 4],
+                    GROUPS,
+                    BF16,
+                    ASM,
                 )
         accs = sums
 
-    lane_row = tl.arange(0, 8)[:, None]
-    element = tl.arange(0, 16)[None, :]
+    lane_row = tl.arange(0, 8)[:, None, None, None]
+    lane = tl.arange(0, 4)[None, :, None, None]
+    parity = tl.arange(0, 2)[None, None, :, None]
+    half = tl.arange(0, 2)[None, None, None, :]
     for block in tl.static_range(BLOCKS):
-        row = base + block * 16 + lane_row + 8 * (element % 4 // 2)
+        row = base + block * 16 + lane_row + 8 * half
         for t in tl.static_range(TOKEN_TILES):
-            value = tl.sum(accs[block * TOKEN_TILES + t], axis=0)
+            value = _total(accs, 4 * (block * TOKEN_TILES + t))
             if GATED:
-                up = tl.sum(accs[(BLOCKS + block) * TOKEN_TILES + t], axis=0)
+                up = _total(accs, 4 * ((BLOCKS + block) * TOKEN_TILES + t))
                 value = value / (1.0 + tl.exp(-value)) * up
             if BIAS:
                 value += tl.load(bias + row, mask=row < out_features, other=0.0).to(tl.float32)
-            token = first_token + 8 * t + 2 * (element // 4) + element % 2
+            token = first_token + 8 * t + 2 * lane + parity
             tl.store(
                 out + token.to(tl.int64) * out_features + row,
                 value.to(out.dtype.element_ty),

@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,7 +110,8 @@ def candidates(bucket: int, shape: Shape) -> Iterator[W4Config]:
     if bucket <= 32:
         tokens = min(bucket, 32)
         sizes = (1, 2) if bucket == 8 else (1, 2, 4)
-        for blocks, warps, ahead in itertools.product(sizes, (4, 8, 16), (2, 4, 8)):
+        aheads = (2, 4, 8) if bucket == 8 else (1, 2, 4)
+        for blocks, warps, ahead in itertools.product(sizes, (4, 8, 16), aheads):
             steps = -(-(shape.columns // 128) // warps)
             held = blocks * min(ahead, steps) * (2 if shape.gated else 1)
             # Registers: 8 a held tile, 4 a tile of sums, 16 for x.
@@ -153,20 +154,18 @@ def compiled(task: tuple[Shape, W4Config]) -> tuple[Shape, W4Config, str]:
     return shape, config, ""
 
 
-def tune(shapes: list[Shape], buckets: list[int], path: Path) -> None:
+def tune(shapes: list[Shape], buckets: list[int], path: Path, patience: float) -> None:
     """Time every candidate and write the fastest of each shape and bucket."""
-    tasks = {
-        (shape, config): ""
-        for shape in shapes
-        for bucket in buckets
-        for config in candidates(bucket, shape)
-    }
+    wanted = [(s, config) for b in buckets for s in shapes for config in candidates(b, s)]
     start = time.monotonic()
-    with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
-        for shape, config, error in pool.map(compiled, tasks, chunksize=4):
-            tasks[shape, config] = error
-    failed = sum(map(bool, tasks.values()))
-    print(f"{len(tasks)} compiled in {time.monotonic() - start:.0f} s, {failed} failed", flush=True)
+    pool = ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn"))
+    jobs = [pool.submit(compiled, task) for task in dict.fromkeys(wanted)]
+    done, late = wait(jobs, timeout=patience)
+    pool.shutdown(wait=False, cancel_futures=True)
+    tasks = {(shape, config): error for shape, config, error in (job.result() for job in done)}
+    failed = [f"{shape} {config}: {error}" for (shape, config), error in tasks.items() if error]
+    print(f"{len(done)} compiled in {time.monotonic() - start:.0f} s, {len(late)} not in time,")
+    print(f"{len(failed)} failed", *failed[:5], sep="\n   ", flush=True)
     table: dict[str, dict[str, dict[str, dict[str, object]]]] = {}
     for shape in shapes:
         copies = rotated(shape)
@@ -176,8 +175,10 @@ def tune(shapes: list[Shape], buckets: list[int], path: Path) -> None:
             x = activations(1 if bucket == 8 else bucket, shape.columns)
             timed = []
             for config in candidates(bucket, shape):
-                if not tasks[shape, config]:
+                if tasks.get((shape, config)) == "":
                     timed.append((timed_run(x, copies, shape, config), config))
+            if not timed:
+                continue
             timed.sort(key=lambda pair: pair[0])
             print(shape, bucket, *(f"{t * 1e6:.1f} {c}" for t, c in timed[:4]), sep="\n   ")
             best = timed[0][1]
@@ -251,11 +252,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 128, 512, 2048])
     parser.add_argument("--buckets", nargs="+", type=int, default=list(BUCKETS))
     parser.add_argument("--tune", type=Path)
+    parser.add_argument("--patience", type=float, default=1e6, help="seconds for compiling")
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
     shapes = list(dict.fromkeys(shape for model in given.models for shape in MODELS[model]))
     if given.tune:
-        tune(shapes, given.buckets, given.tune)
+        tune(shapes, given.buckets, given.tune, given.patience)
         return
     report(shapes, given.tokens)
     for model in given.models:
