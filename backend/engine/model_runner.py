@@ -304,7 +304,8 @@ def _report(info: ModelInfo, load_s: float, graph_s: float, total_s: float) -> N
         tokens / info.session_len,
         info.session_len,
     )
-    log.info("Started in %.1f s: weights %.1f s, CUDA graphs %.1f s", total_s, load_s, graph_s)
+    graphs = f", CUDA graphs {graph_s:.1f} s" if graph_s else ""
+    log.info("Started in %.1f s: weights %.1f s%s", total_s, load_s, graphs)
 
 
 def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:

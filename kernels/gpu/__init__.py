@@ -7,15 +7,20 @@ machine without a GPU never loads Triton.
 from kernels.gpu.attention import attention, paged_attention, store_kv
 from kernels.gpu.elementwise import add_rms_norm, rms_norm, silu_and_mul
 from kernels.gpu.linear import linear
+from kernels.gpu.linear_w4 import gated_linear_w4, linear_w4
 from kernels.gpu.linear_w8 import linear_w8
+from kernels.gpu.sampling import sample
 
 __all__ = [
     "add_rms_norm",
     "attention",
+    "gated_linear_w4",
     "linear",
+    "linear_w4",
     "linear_w8",
     "paged_attention",
     "rms_norm",
+    "sample",
     "silu_and_mul",
     "store_kv",
 ]
