@@ -11,17 +11,17 @@ LIFT = tl.constexpr(256.0)
 
 
 @triton.jit
-def attend(
-    scores, valid, m, totals, offsets, a, b, c, d, va, vb, vc, vd, v_scale, v_zero, softmax_scale,
-    BITS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def softmax_step(
+    scores, valid, m, totals, offsets, v_scale, v_zero, softmax_scale, BITS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile's step.
+    """(probabilities of a tile, what earlier sums shrink by, m, totals, offsets).
 
     scores [BLOCK_M, BLOCK_N] not yet scaled; m [BLOCK_M] running maximum (scaled, base 2); totals
     sum of probabilities, offsets of probability * zero of the values, either a row [BLOCK_M] or
-    column by column [BLOCK_M, BLOCK_N]; a, b, c, d parts [BLOCK_M, WIDTH] of the sum of probability
-    * value, for quantized values of the whole numbers times LIFT. The scaling is spelled out as fma
-    so that masked and unmasked tiles round alike.
+    column by column [BLOCK_M, BLOCK_N]. The probabilities returned are times LIFT * v_scale if the
+    values are quantized. The scaling is spelled out as fma so that masked and unmasked tiles round
+    alike.
     """
     if MASKED:
         scores = tl.where(valid, scores, float("-inf"))
@@ -30,21 +30,32 @@ def attend(
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(tl.fma(scores, softmax_scale + tl.zeros_like(scores), 0.0 - m_safe[:, None]))
     alpha = tl.exp2(m - m_safe)
-    down = alpha[:, None]
     by_column: tl.constexpr = len(totals.shape) == 2
-    totals = totals * down + p if by_column else totals * alpha + tl.sum(p, 1)
+    totals = totals * alpha[:, None] + p if by_column else totals * alpha + tl.sum(p, 1)
     if BITS < 16:
-        shifts = p * v_zero[None, :]
-        offsets = offsets * down + shifts if by_column else offsets * alpha + tl.sum(shifts, 1)
+        shift = p * v_zero[None, :]
+        if by_column:
+            offsets = offsets * alpha[:, None] + shift
+        else:
+            offsets = offsets * alpha + tl.sum(shift, 1)
         p = p * (v_scale * LIFT)[None, :]
+    return p, alpha, m_new, totals, offsets
+
+
+@triton.jit
+def add_values(
+    p, alpha, a, b, c, d, va, vb, vc, vd, BITS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Parts a, b, c, d [BLOCK_M, WIDTH], shrunk by alpha, plus p times the values' parts."""
+    alpha = alpha[:, None]
     p = p.to(va.dtype)
-    a = tl.dot(p, va, a * down, input_precision=PRECISION)
+    a = tl.dot(p, va, a * alpha, input_precision=PRECISION)
     if BITS < 16:
-        b = tl.dot(p, vb, b * down, input_precision=PRECISION)
+        b = tl.dot(p, vb, b * alpha, input_precision=PRECISION)
     if BITS == 4:
-        c = tl.dot(p, vc, c * down, input_precision=PRECISION)
-        d = tl.dot(p, vd, d * down, input_precision=PRECISION)
-    return m_new, totals, offsets, a, b, c, d
+        c = tl.dot(p, vc, c * alpha, input_precision=PRECISION)
+        d = tl.dot(p, vd, d * alpha, input_precision=PRECISION)
+    return a, b, c, d
 
 
 @triton.jit

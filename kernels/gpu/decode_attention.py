@@ -2,8 +2,8 @@
 
 Split-KV ("flash decoding", Dao et al. 2023): a program takes one sequence, one KV head with all the
 query heads that read it, and a run of tiles of the sequence's older tokens. The new token itself is
-no tile: its score and value start the online softmax of split 0, straight from registers, while
-they are written to the pool; so nothing written here is read back. The program of a (sequence, KV
+no tile: its score and value join the online softmax straight from registers, while they are
+written to the pool; so nothing written here is read back. The program of a (sequence, KV
 head) that finishes last adds up the others' partial results in the splits' order, so the bits do
 not depend on who was last.
 """
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.attention_softmax import LIFT, attend, combine, merge
+from kernels.gpu.attention_softmax import LIFT, add_values, combine, merge, softmax_step
 from kernels.gpu.kv_tiles import (
     dot_dtype,
     dot_keys,
@@ -45,7 +45,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _tiles_of_split(seq_len, split, splits, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first old position seen, from tile, to tile, splits that have tiles)."""
+    """(first old position seen, from tile, to tile, splits that have tiles, at least 1)."""
     start = 0
     if WINDOW > 0:
         start = tl.maximum(seq_len - WINDOW, 0)
@@ -103,7 +103,7 @@ def _decode_kernel(
     STAGES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (KV heads, sequences, splits)."""
+    """Grid (KV heads, sequences, splits, and with SPLIT one more)."""
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1)
     split = tl.program_id(2)
@@ -122,8 +122,14 @@ def _decode_kernel(
     seq_len = tl.load(seq_lens + sequence)
     old = seq_len - 1
     start, tile_from, tile_to, active = _tiles_of_split(seq_len, split, splits, WINDOW, BLOCK_N)
+    new = 0
+    if SPLIT:
+        # Quantizing takes long: the new token gets a program of its own, beside those with tiles.
+        new = active
+        active += 1
     if split >= active:
         return
+    blocks = tile_blocks(table, tile_from * BLOCK_N, old, BLOCK_N, BLOCK_SIZE)
 
     words = tl.arange(0, WIDTH)[None, :]
     real = words < D * BITS // 16
@@ -141,7 +147,7 @@ def _decode_kernel(
     if BITS == 4:
         qc = qc.to(DTYPE)
         qd = qd.to(DTYPE)
-    # Tiles of one row, so that the functions for tiles serve. Only split 0 has use for them, but
+    # Tiles of one row, so that the functions for tiles serve. Only one split has use for them, but
     # asked for here, they arrive while the older tokens are worked on.
     one = tl.arange(0, 1)
     k_row = k_ptr + token * k_stride_token + kv_head * k_stride_head + one[:, None]
@@ -164,7 +170,6 @@ def _decode_kernel(
     b = tl.zeros((BLOCK_M, WIDTH), tl.float32) if BITS < 16 else 0.0
     c = tl.zeros((BLOCK_M, WIDTH), tl.float32) if BITS == 4 else 0.0
     d = tl.zeros((BLOCK_M, WIDTH), tl.float32) if BITS == 4 else 0.0
-    blocks = tile_blocks(table, tile_from * BLOCK_N, old, BLOCK_N, BLOCK_SIZE)
     for tile in tl.range(tile_from, tile_to, num_stages=STAGES):
         origin, slots = tile_slots(blocks, tile * BLOCK_N, BLOCK_N, BLOCK_SIZE)
         blocks = tile_blocks(table, (tile + 1) * BLOCK_N, old, BLOCK_N, BLOCK_SIZE)
@@ -176,9 +181,6 @@ def _decode_kernel(
         oa, ob, oc, od = load_tile(
             k_head + tile_at, slots, pool_stride_slot, words, valid, D, BITS, DTYPE, PTX, True
         )
-        pa, pb, pc, pd = load_tile(
-            v_head + tile_at, slots, pool_stride_slot, words, valid, D, BITS, DTYPE, PTX, True
-        )
         scores = dot_keys(qa, qb, qc, qd, oa, ob, oc, od, BITS, PRECISION)
         v_scale = 1.0
         v_zero = 0.0
@@ -187,10 +189,14 @@ def _decode_kernel(
             k_scale, k_zero = unpack_params(tl.load(k_params + params_at, mask=valid, other=0))
             v_scale, v_zero = unpack_params(tl.load(v_params + params_at, mask=valid, other=0))
             scores = scores * k_scale[None, :] + q_sum[:, None] * k_zero[None, :]
-        m, totals, offsets, a, b, c, d = attend(
-            scores, valid[None, :], m, totals, offsets, a, b, c, d, pa, pb, pc, pd,
-            v_scale, v_zero, softmax_scale, BITS, True, PRECISION,
-        )  # fmt: skip
+        p, alpha, m, totals, offsets = softmax_step(
+            scores, valid[None, :], m, totals, offsets, v_scale, v_zero, softmax_scale, BITS, True
+        )
+        # Asked for here, not beside the keys, the values take no registers during the softmax.
+        pa, pb, pc, pd = load_tile(
+            v_head + tile_at, slots, pool_stride_slot, words, valid, D, BITS, DTYPE, PTX, True
+        )
+        a, b, c, d = add_values(p, alpha, a, b, c, d, pa, pb, pc, pd, BITS, PRECISION)
     total = tl.sum(totals, 1)
     if BITS < 16:
         offset = tl.sum(offsets, 1)[:, None]
@@ -200,7 +206,7 @@ def _decode_kernel(
             c = c / LIFT + offset
             d = d / LIFT + offset
 
-    if split == 0:
+    if split == new:
         stored = (one == 0) & (slot >= 0)
         pool_at = slot * pool_stride_slot + one
         params_at = slot * params_stride_slot + one
@@ -221,10 +227,10 @@ def _decode_kernel(
         m, total, a, b, c, d = merge(m, total, a, b, c, d, score, wa, wb, wc, wd, BITS)
 
     group = (token * tl.num_programs(0) + kv_head) * GROUP
-    if SPLIT and active > 1:
+    if SPLIT:
         # [sequence, KV head, split, query head of the group, D]
         pair = token * tl.num_programs(0) + kv_head
-        mine = (pair * splits + split) * GROUP + rows
+        mine = (pair * (splits + 1) + split) * GROUP + rows
         store_output(partial_ptr + (mine * D)[:, None], a, b, c, d, words, inside, D, BITS)
         tl.store(stats_ptr + mine * 2, m, mask=used)
         tl.store(stats_ptr + mine * 2 + 1, total, mask=used)
@@ -234,7 +240,7 @@ def _decode_kernel(
         if arrived == active - 1:
             tl.store(counter_ptr + pair, 0)
             combine(
-                out_ptr + group * D, partial_ptr, stats_ptr, pair * splits * GROUP, active,
+                out_ptr + group * D, partial_ptr, stats_ptr, pair * (splits + 1) * GROUP, active,
                 GROUP, D, CHUNK,
             )  # fmt: skip
     else:
@@ -290,30 +296,31 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     splits: int | None = None,
-    config: tuple[int, int, int] | None = None,
+    config: tuple[int, int, int, int] | None = None,
 ) -> None:
     """`kernels.ops.attention` of the first num_decodes tokens into out [T, H, D], contiguous.
 
-    `splits` and `config` (tile, warps, pipeline stages) instead of those chosen here.
+    `splits` and `config` (tile, warps, pipeline stages, registers a thread or 0 for as many as the
+    compiler likes) instead of those chosen here.
     """
     sequences, kv_heads, head_dim = metadata.num_decodes, cache.k.shape[0], q.shape[2]
     group = q.shape[1] // kv_heads
     pdl = supports_pdl(q)
     dtype = dot_dtype(q, cache)
-    tile, warps, stages = config or _config(cache.bits, head_dim, group, dtype)
+    tile, warps, stages, registers = config or _config(cache.bits, head_dim, group, dtype)
     if splits is None:
         sms = num_sms(q.device.index or 0) if q.is_cuda else 1
         splits = num_splits(sequences, kv_heads, metadata.max_seq_len, tile, sms)
     work: tuple[Tensor | None, ...]
     if splits > 1:
-        work = _workspace(metadata, sequences * kv_heads, splits, group, head_dim, q.device)
+        work = _workspace(metadata, sequences * kv_heads, splits + 1, group, head_dim, q.device)
     else:
         work = (None, None, None)
     k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
     k_pool, v_pool = pool_words(cache.k, cache.bits), pool_words(cache.v, cache.bits)
     # Partial results that fit in the registers at once.
     chunk = 2048 * warps // (triton.next_power_of_2(group) * triton.next_power_of_2(head_dim))
-    _decode_kernel[(kv_heads, sequences, splits)](
+    _decode_kernel[(kv_heads, sequences, splits + 1 if splits > 1 else 1)](
         out, q, k, v, cos, sin, k_pool, v_pool, k_params, v_params,
         metadata.slot_mapping, metadata.block_table, metadata.seq_lens_k, *work, scale * LOG2_E,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
@@ -325,12 +332,16 @@ def decode_attention(
         splits > 1, max(1, chunk), max(16, triton.next_power_of_2(group)), tile, stages,
         TL_DTYPES[dtype], "ieee" if dtype == torch.float32 else "tf32",
         q.is_cuda and dtype == torch.float16, pdl,
-        num_warps=warps, **launch_options(pdl),
+        num_warps=warps, **launch_options(pdl), **({"maxnreg": registers} if registers else {}),
     )  # fmt: skip
 
 
-def _config(bits: int, head_dim: int, group: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Tokens of a tile, warps, pipeline stages."""
-    if dtype == torch.float32 or head_dim > 128:
-        return 32, 4, 2
-    return 64, 4, 3
+def _config(
+    bits: int, head_dim: int, group: int, dtype: torch.dtype
+) -> tuple[int, int, int, int]:
+    """Tokens of a tile, warps, pipeline stages, registers a thread (0: any number)."""
+    if dtype == torch.float32 or head_dim > 128 or group > 16:
+        return 32, 4, 2, 0
+    # Warps meet several times a tile. Unpacking keeps two busy enough: at 64 x 600 tokens of 32
+    # heads, 8 bits, two read 3.1 TB/s and four 2.2; with 16 bits both 4.1.
+    return 64, 2 if bits < 16 or group == 1 else 4, 3, 0

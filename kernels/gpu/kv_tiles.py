@@ -287,9 +287,9 @@ def dot_dtype(q: Tensor, cache: KVCache) -> torch.dtype:
     """What the tensor cores multiply: whole numbers to 255 are exact in float16."""
     if q.dtype == torch.bfloat16 and not q.is_cuda:
         return torch.float32  # Triton's interpreter multiplies bfloat16's bits as whole numbers
-    if cache.bits == 16 or q.dtype == torch.float32:
-        return q.dtype
-    return torch.float16
+    if cache.bits == 16:
+        return cache.k.dtype
+    return torch.float32 if q.dtype == torch.float32 else torch.float16
 
 
 def packed_params(params: Tensor | None) -> Tensor | None:

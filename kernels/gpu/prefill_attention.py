@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.attention_softmax import LIFT, attend
+from kernels.gpu.attention_softmax import LIFT, add_values, softmax_step
 from kernels.gpu.decode_attention import LOG2_E, TL_DTYPES
+from kernels.gpu.kv_dequantize import dequantized
 from kernels.gpu.kv_tiles import (
     dot_dtype,
     dot_keys,
@@ -33,6 +34,8 @@ from kernels.gpu.launch import (
     wait_for_predecessor,
 )
 from kernels.ops import AttentionMetadata, KVCache
+
+LARGEST_COPY = 512 * 2**20  # bytes of dequantized KV
 
 
 @triton.jit
@@ -55,10 +58,6 @@ def _attend_tiles(
             k_head + tile_at, slots, pool_stride_slot, words, keys < limit, D, BITS, DTYPE, PTX,
             MASKED,
         )  # fmt: skip
-        va, vb, vc, vd = load_tile(
-            v_head + tile_at, slots, pool_stride_slot, words, keys < limit, D, BITS, DTYPE, PTX,
-            MASKED,
-        )  # fmt: skip
         scores = dot_keys(qa, qb, qc, qd, ka, kb, kc, kd, BITS, PRECISION)
         v_scale = 1.0
         v_zero = 0.0
@@ -72,10 +71,14 @@ def _attend_tiles(
                 scores, k_scale[None, :] + tl.zeros_like(scores), q_sum[:, None] * k_zero[None, :]
             )
         valid = (keys[None, :] <= positions[:, None]) & (keys[None, :] >= row_start[:, None])
-        m, total, offset, a, b, c, d = attend(
-            scores, valid, m, total, offset, a, b, c, d, va, vb, vc, vd, v_scale, v_zero,
-            softmax_scale, BITS, MASKED, PRECISION,
+        p, alpha, m, total, offset = softmax_step(
+            scores, valid, m, total, offset, v_scale, v_zero, softmax_scale, BITS, MASKED
+        )
+        va, vb, vc, vd = load_tile(
+            v_head + tile_at, slots, pool_stride_slot, words, keys < limit, D, BITS, DTYPE, PTX,
+            MASKED,
         )  # fmt: skip
+        a, b, c, d = add_values(p, alpha, a, b, c, d, va, vb, vc, vd, BITS, PRECISION)
     return m, total, offset, a, b, c, d
 
 
@@ -189,11 +192,13 @@ def prefill_attention(
     window: int | None = None,
     first_sequence: int = 0,
     config: tuple[int, int, int, int] | None = None,
+    unpack_first: bool | None = None,
 ) -> None:
     """Attention of sequences from `first_sequence` on, into their rows of out [T, H, D].
 
     q [T, H, D] is rotated by rotary (cos and sin, float32 [T, R]) unless that is None; the pools
     hold the new tokens. `config`: rows and keys of a tile, warps, stages, instead of those chosen.
+    `unpack_first`: whether quantized KV is copied out as float16, if it is not too much.
     """
     kv_heads, head_dim = cache.k.shape[0], q.shape[2]
     group = q.shape[1] // kv_heads
@@ -202,6 +207,12 @@ def prefill_attention(
     longest = max(metadata.max_query_len, 1 if metadata.num_decodes > first_sequence else 0)
     if sequences == 0 or longest == 0:
         return
+    copied = sequences * metadata.max_seq_len * kv_heads * head_dim * 4
+    if unpack_first is None:
+        # Not for invariant bits: that would depend on the others' lengths.
+        unpack_first = not metadata.batch_invariant and longest * group >= 256
+    if cache.bits < 16 and unpack_first and copied <= LARGEST_COPY:
+        cache, metadata = dequantized(q, cache, metadata, first_sequence)
     dtype = dot_dtype(q, cache)
     block_m, block_n, warps, stages = config or _config(
         64 if metadata.batch_invariant else longest * group, cache.bits, head_dim, dtype
@@ -235,6 +246,6 @@ def _config(rows: int, bits: int, head_dim: int, dtype: torch.dtype) -> tuple[in
         return 16, 64, 4, 2
     if head_dim > 128:
         return 64, 32, 4, 2
-    if rows <= 64:
-        return 64, 64, 4, 2
-    return 128, 64, 8, 2
+    if bits < 16:
+        return 32, 64, 4, 3
+    return 64, 64, 4, 3

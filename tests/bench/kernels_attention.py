@@ -27,15 +27,10 @@ D, BLOCK = 128, 64
 SHAPES = [(32, 32), (32, 8)]
 BITS = [16, 8, 4]
 DECODE = [(b, c) for b in (1, 4, 16, 64, 256) for c in (257, 600, 2048)]
-TUNE_DECODE = [(1, 600), (16, 2048), (256, 600)]
-DECODE_CONFIGS = [
-    (64, 4, 3), (64, 4, 2), (32, 4, 4), (32, 2, 4), (128, 4, 2), (64, 2, 3), (128, 8, 3),
-]  # fmt: skip
+TUNE_DECODE = [(1, 300), (1, 600), (64, 600)]
+DECODE_CONFIGS = [(64, 2, 3, 0), (64, 4, 3, 0), (64, 2, 2, 0), (32, 1, 4, 0), (32, 2, 4, 0)]
 PREFILL = [512, 2048, 4000]
-PREFILL_CONFIGS = [
-    (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
-    (128, 64, 4, 3), (64, 128, 4, 2),
-]  # fmt: skip
+PREFILL_CONFIGS = [None, (64, 64, 4, 2), (128, 64, 8, 3), (32, 64, 4, 3), (32, 64, 2, 3)]
 L2_BYTES = 60e6
 
 
@@ -129,8 +124,9 @@ def prefill(
     rotary, scale = (tensors[3], tensors[4]), D**-0.5
     alone = microseconds(
         lambda i: prefill_attention(
-            out, tensors[0], rotary, cache, metadata, scale, config=config
-        )
+            out, tensors[0], rotary, cache, metadata, scale, config=config,
+            unpack_first=config is None,
+        )  # fmt: skip
     )
     whole = 0.0
     if config is None:
@@ -147,7 +143,8 @@ def cases(only: list[str], tune: bool) -> list[tuple]:
     if "prefill" in only:
         sizes = [2048] if tune else PREFILL
         configs = PREFILL_CONFIGS if tune else [None]
-        found += [("prefill", *c) for c in product(SHAPES, BITS, sizes, configs)]
+        shapes = SHAPES[:1] if tune else SHAPES
+        found += [("prefill", *c) for c in product(shapes, BITS, sizes, configs)]
     return found
 
 
@@ -167,8 +164,8 @@ def run(case: tuple) -> str:
 def compile_one(case: tuple) -> None:
     kind, heads, bits, _, config = case
     if kind == "decode":
-        for length in (130, 300):
-            decode(heads, bits, 2, length, config)
+        for sequences in (1, 140):  # with splits and without
+            decode(heads, bits, sequences, 200, config)
     else:
         prefill(heads, bits, 256, config)
 

@@ -11,6 +11,8 @@ from tests.ops.gpu_device import DEVICE  # isort: skip  (before triton)
 import kernels.gpu as gpu
 import kernels.reference
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.kv_store import rope_and_store
+from kernels.gpu.prefill_attention import prefill_attention
 from kernels.ops import AttentionMetadata, KVCache
 from tests.ops.paged_batches import layout, quantized, random_tensors
 
@@ -184,7 +186,7 @@ def test_splits_are_added_up_and_the_counters_left_at_zero(bits, window):
         out = torch.full_like(case.inputs[0], torch.nan)
         decode_attention(
             out, *case.inputs, cache, case.metadata, case.scale, window, splits=5,
-            config=(16, 4, 2),
+            config=(16, 4, 2, 0),
         )  # fmt: skip
         case.compare(out, cache, window)
     (workspace,) = case.metadata.derived.values()
@@ -267,6 +269,24 @@ def test_store_and_read_apart(bits):
     cache = case.poisoned_cache()
     gpu.store_kv(k, v, cache, case.metadata.slot_mapping)
     out = gpu.paged_attention(q, cache, case.metadata, case.scale)
+    case.compare(out, cache, None)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_a_long_prompt_reads_a_copy_of_quantized_kv(block_size, bits, dtype):
+    case = Case(MIXED, 2, bits=bits, dtype=dtype, block_size=block_size)
+    q, k, v, cos, sin = case.inputs
+    cache = case.poisoned_cache()
+    rope_and_store(k, v, (cos, sin), cache, case.metadata.slot_mapping)
+    out = torch.full_like(q, torch.nan)
+    for first in (2, 0):
+        prefill_attention(
+            out, q, (cos, sin), cache, case.metadata, case.scale, first_sequence=first,
+            unpack_first=True,
+        )  # fmt: skip
+        assert torch.isnan(out[:2]).all() == (first == 2)
     case.compare(out, cache, None)
 
 
