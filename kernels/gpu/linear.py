@@ -1,8 +1,9 @@
-"""Products with 16-bit weights: own kernels where few tokens leave the memory as the only limit.
+"""Products with 16-bit weights: own kernels where they are faster than cuBLAS, else cuBLAS.
 
-One token: a sum of products, a few rows of the weight a program. A few tokens: Yᵀ = W Xᵀ on tensor
-cores, the weight as the first operand, so that its rows and not the tokens fill the tile. Many
-tokens: cuBLAS. Every program reads all of K, so nothing is added up between programs.
+One token: a sum of products, a few rows of the weight a program. A few tokens: `few_tokens` for
+narrow results, and for very wide ones a tile of Yᵀ = W Xᵀ, the weight as the first operand, so that
+its rows and not the tokens fill the tile. Every program reads all of K, so nothing is added up
+between programs. Weights are read while the kernel before still runs: that one must not write them.
 """
 
 from __future__ import annotations
@@ -210,20 +211,40 @@ def linear(
         raise ValueError(f"a bias {list(bias.shape)} for {weight.shape[0]} outputs")
     if batch_invariant:
         return matmul(x, weight, bias, INVARIANT_TILES[x.element_size()])
-    if x.dtype is torch.float32 or x.shape[0] > MOST_TOKENS:
+    tokens, rows = x.shape[0], weight.shape[0]
+    if x.dtype is torch.float32 or weight.stride(1) != 1:
         return F.linear(x, weight, bias)
-    if x.shape[0] == 1:
-        return one_token(x, weight, bias, STRIP)
-    if fits_chunks(x) and fits_chunks(weight):
-        return few_tokens(x, weight, bias, x.dtype, Chunks(1, 8, 4))
+    if tokens == 1:
+        return one_token(x, weight, bias, choose_strip(x.shape[1]))
+    if tokens <= 8 and rows <= NARROW and fits_chunks(x) and fits_chunks(weight):
+        return few_tokens(x, weight, bias, FEW_TOKENS)
+    if 0 < tokens <= 16 and rows >= WIDE:
+        return matmul(x, weight, bias, WIDE_TILE)
     return F.linear(x, weight, bias)
 
 
-# One program's share of a product with one token. On an H200 3.9 to 4.6 TB/s, as this or within
-# 3 % of the best of 14 shapes, for 4096 to 128256 rows of 4096 or 11008; cuBLAS 2.6 to 4.2.
+def choose_strip(columns: int) -> Strip:
+    """A share of a product with one token.
+
+    On an H200, 12288, 22016 and 128256 rows of 4096 are read at 4.35, 4.46 and 4.58 TB/s (cuBLAS
+    3.6, 3.9, 4.3), 4096 of 11008 at 3.9 (3.3): within 1 % of the best of 14 strips. Where more than
+    a seventh of the steps would be idle, thinner strips are better: 5120 x 5120 takes 12.8 µs, 15.6
+    otherwise (cuBLAS 17.1).
+    """
+    steps = triton.cdiv(columns, STRIP.depth)
+    return STRIP if 7 * columns >= 6 * steps * STRIP.depth else THIN_STRIP
+
+
 STRIP = Strip(2, 2048, 8)
-# Above, cuBLAS.
-MOST_TOKENS = 16
+THIN_STRIP = Strip(1, 2048, 4)
+# Rows, of 2 to 16 tokens' products, where cuBLAS is slower than own kernels on an H200. 4 tokens:
+# 4096 x 4096 takes 10.2 µs (cuBLAS 13.0), 4096 x 11008 24.4 (27.6), 3584 x 3584 8.2 (11.0), but
+# 5120 x 5120 17.5 (17.2). 16 tokens: 32000 x 4096 takes 63 µs (66), 128256 x 4096 246 (263), but
+# 22016 x 4096 47.2 (46.3).
+NARROW = 4096
+FEW_TOKENS = Chunks(1, 16, 2)
+WIDE = 32000
+WIDE_TILE = Tile(64, 16, 128, 4, 4)
 # One tile for every number of tokens, by bytes of an element. On an H200, 4096 x 4096 and 22016 x
 # 4096 take 20.9 and 57.8 µs with one token, where the best of six tiles take 18.9 and 53.4; with
 # 2048 tokens they reach 461 and 408 TFLOP/s, where the best reach 522 and 451.

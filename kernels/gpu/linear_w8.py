@@ -11,20 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.few_tokens import Chunks, few_tokens, fits_chunks
 from kernels.gpu.launch import (
     launch_options,
     release_successor,
     supports_pdl,
     wait_for_predecessor,
 )
-from kernels.gpu.linear import (
-    MOST_TOKENS,
-    PREFETCHED_LINES,
-    Tile,
-    prefetch_rows,
-    weight_times_tokens,
-)
+from kernels.gpu.linear import PREFETCHED_LINES, Tile, prefetch_rows, weight_times_tokens
 from kernels.packing import W8Weight
 
 # Adding and taking away 1.5 * 2**23 rounds a small float32 to a whole number, halves to even.
@@ -115,15 +108,16 @@ def linear_w8(
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"a bias {list(bias.shape)} for {rows} outputs")
     quantized, scales = quantize_tokens(x)
-    few = x.shape[0] <= MOST_TOKENS and fits_chunks(quantized) and fits_chunks(weight.qweight)
-    if few:
-        both = (scales, weight.scales)
-        return few_tokens(quantized, weight.qweight, bias, x.dtype, Chunks(1, 8, 4), both)
     return int8_matmul(quantized, scales, weight, bias, x.dtype, choose_tile(x.shape[0]))
 
 
 def choose_tile(tokens: int) -> Tile:
-    """A tile for so many tokens."""
+    """A tile for so many tokens, near the best of four to seven on an H200.
+
+    22016 x 4096 takes 26 µs with up to 16 tokens, 27 with 64; with 2048, 1184 TOP/s.
+    """
+    if tokens <= 16:
+        return Tile(64, 16, 256, 4, 4)
     if tokens <= 64:
         return Tile(64, 64, 128, 4, 4)
     return Tile(128, 128, 128, 8, 3)
