@@ -270,16 +270,15 @@ def num_splits(sequences: int, kv_heads: int, max_seq_len: int, block_n: int, sm
 
 
 def _workspace(
-    metadata: AttentionMetadata, pairs: int, splits: int, group: int, head_dim: int, device: object
+    metadata: AttentionMetadata, pairs: int, splits: int, rows: int, head_dim: int, q: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(partial sums, maxima and sums, counters at zero): one for all layers of a step."""
-    key = f"decode_workspace_{pairs}_{splits}_{group}_{head_dim}"
+    key = f"decode_workspace_{pairs}_{splits}_{rows}_{head_dim}"
     if key not in metadata.derived:
-        floats = {"dtype": torch.float32, "device": device}
         metadata.derived[key] = (
-            torch.empty(pairs * splits * group * head_dim, **floats),
-            torch.empty(pairs * splits * group * 2, **floats),
-            torch.zeros(pairs, dtype=torch.int32, device=device),
+            torch.empty(pairs * splits * rows * head_dim, dtype=torch.float32, device=q.device),
+            torch.empty(pairs * splits * rows * 2, dtype=torch.float32, device=q.device),
+            torch.zeros(pairs, dtype=torch.int32, device=q.device),
         )
     return metadata.derived[key]
 
@@ -313,7 +312,7 @@ def decode_attention(
         splits = num_splits(sequences, kv_heads, metadata.max_seq_len, tile, sms)
     work: tuple[Tensor | None, ...]
     if splits > 1:
-        work = _workspace(metadata, sequences * kv_heads, splits + 1, group, head_dim, q.device)
+        work = _workspace(metadata, sequences * kv_heads, splits + 1, group, head_dim, q)
     else:
         work = (None, None, None)
     k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
