@@ -115,7 +115,6 @@ def run(
     pdl = supports_pdl(x)
     last_row = weight.qweight.shape[0] * TILE_ROWS - 1
     common: dict[str, Any] = {
-        "COLUMN_TILES": weight.qweight.shape[1],
         "GROUPS": TILE_COLUMNS // weight.group_size,
         "GATED": gated,
         "BIAS": bias is not None,
@@ -141,6 +140,7 @@ def run(
             rows,
             last_row,
             x_pairs=pairs.shape[1],
+            COLUMN_TILES=weight.qweight.shape[1],
             BLOCKS=config.blocks,
             WARPS=config.warps,
             AHEAD=config.ahead,
@@ -165,10 +165,12 @@ def run(
         rows,
         rows,
         last_row,
-        in_features=weight.in_features,
+        weight.in_features,
+        weight.qweight.shape[1],
         ROWS=config.rows,
         TOKENS=config.tokens,
         SPLITS=config.splits,
+        WHOLE_TILES=weight.in_features % TILE_COLUMNS == 0,
         # Sums of a tile have one scale only if the tile is one group.
         SCALE_WEIGHTS=config.scale_weights or weight.group_size != TILE_COLUMNS,
         num_stages=config.stages,

@@ -17,6 +17,22 @@ import triton.language as tl
 from kernels.gpu.launch import release_successor, wait_for_predecessor
 from kernels.gpu.w4_unpack import matrix_of, offsets_of, scale_of, scaled_pair, unpack_pairs
 
+# Tiles of a program on their way to the L2 cache before the kernel before this one has ended.
+PREFETCHED = tl.constexpr(6)
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Fetch the 64 bytes of each row of a tile; the result means nothing."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
 
 @triton.jit
 def _tile_rows(first, count, up_row, last_row, ROWS: tl.constexpr, GATED: tl.constexpr):
@@ -44,12 +60,13 @@ def w4_dot_kernel(
     out_features,
     up_row,
     last_row,
-    in_features: tl.constexpr,
-    COLUMN_TILES: tl.constexpr,
+    in_features,
+    column_tiles,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     SPLITS: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,  # in_features is a multiple of 128
     SCALE_WEIGHTS: tl.constexpr,  # else the sums of a tile are scaled: one group a tile only
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
@@ -65,7 +82,7 @@ def w4_dot_kernel(
     column = tl.arange(0, 128)
     c = tl.arange(0, 4)[None, :, None]
     u = tl.arange(0, 4)[None, None, :]
-    tile = (row // 64) * COLUMN_TILES
+    tile = (row // 64) * column_tiles
     words = qweight + (tile * 1024 + (row % 64) * 16)[:, None, None] + 4 * c + u
     # Of one group a tile, a row's scale; of more, one for each u.
     if GROUPS == 1:
@@ -79,17 +96,21 @@ def w4_dot_kernel(
         )
     x_place = x + token.to(tl.int64)[:, None] * x_stride + column[None, :]
     x_mask = (token < tokens)[:, None]
+    per_split = (column_tiles + SPLITS - 1) // SPLITS
+    start = split * per_split
+    end = tl.minimum(start + per_split, column_tiles)
+    if PDL:
+        for i in tl.static_range(PREFETCHED):
+            ahead = tl.minimum(start + i, column_tiles - 1)
+            _prefetch(qweight + (tile + ahead) * 1024 + (row % 64) * 16)
     release_successor(PDL)
     wait_for_predecessor(PDL)
 
-    PER_SPLIT: tl.constexpr = (COLUMN_TILES + SPLITS - 1) // SPLITS
-    start = split * PER_SPLIT
-    end = tl.minimum(start + PER_SPLIT, COLUMN_TILES)
     acc = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
     for i in range(start, end):
         packed = tl.load(words + i * 1024)
         scales = tl.load(scale_place + i * (64 * GROUPS))
-        if in_features % 128 == 0:
+        if WHOLE_TILES:
             values = tl.load(x_place + i * 128, mask=x_mask, other=0.0)
         else:
             mask = x_mask & (i * 128 + column < in_features)[None, :]

@@ -97,9 +97,36 @@ def _load_words(pointers, wanted, ASM: tl.constexpr):
     return a, b, c, d
 
 
+LOAD_PAIR = tl.constexpr("""
+{
+.reg .pred wanted;
+setp.ne.b32 wanted, $2, 0;
+mov.b32 $0, 0;
+@wanted ld.global.b32 $0, [$1];
+}
+""")
+
+
+@triton.jit
+def _load_pair(pointers, wanted, ASM: tl.constexpr):
+    """A pair of x for each lane, after the wait for who wrote it."""
+    if ASM:
+        pair = tl.inline_asm_elementwise(
+            LOAD_PAIR,
+            "=&r,l,r",
+            [pointers, wanted.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        pair = tl.load(pointers, mask=wanted, other=0)
+    return pair
+
+
 @triton.jit
 def _load_scale(pointers, ASM: tl.constexpr):
-    if ASM:  # tl.load would ask for a layout that follows the rows
+    if ASM:
         word = tl.inline_asm_elementwise(
             "ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -213,8 +240,9 @@ def w4_mma_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # Every tensor has this shape: one element a lane, so that lane 4r + c has element [warp, r, c]
-    # in whatever layout Triton chooses.
+    # Every tensor has this shape: one element a lane, lane 4r + c having element [warp, r, c]. That
+    # is how Triton lays tensors out unless a tl.load or tl.store asks for another order (Triton 3.6
+    # does for x), so there is none before the sums.
     warp = tl.arange(0, WARPS)[:, None, None]
     r = tl.arange(0, 8)[None, :, None]
     c = tl.arange(0, 4)[None, None, :]
@@ -231,8 +259,8 @@ def w4_mma_kernel(
             row += up_row
         row = tl.minimum(row, last_row) + c * 0
         tile = (row // 64) * COLUMN_TILES + warp
-        places = places + (qweight + tile * 1024 + (row % 64) * 16 + 4 * c,)
-        scale_places = scale_places + (scale_zero + tile * (64 * GROUPS) + row % 64,)
+        places = places + (qweight + tile * 1024 + (row % 64) * 16 + 4 * c,)  # type: ignore[assignment]
+        scale_places = scale_places + (scale_zero + tile * (64 * GROUPS) + row % 64,)  # type: ignore[assignment]
 
     always = (warp + r + c) >= 0
     ring = ()
@@ -249,7 +277,7 @@ def w4_mma_kernel(
     TOKEN_TILES: tl.constexpr = TOKENS // 8
     accs = ()
     for _ in tl.static_range(BLOCKS * HALVES * TOKEN_TILES * 4):
-        accs = accs + (tl.zeros([WARPS, 8, 4], dtype=tl.float32),)
+        accs = accs + (tl.zeros([WARPS, 8, 4], dtype=tl.float32),)  # type: ignore[assignment]
     for i in tl.static_range(STEPS):
         if i + AHEAD < STEPS:
             wanted = always if (i + AHEAD + 1) * WARPS <= COLUMN_TILES else always & (
@@ -264,10 +292,10 @@ def w4_mma_kernel(
             row_place = x + token.to(tl.int64) * x_stride
             for pair in tl.static_range(16):
                 column = tile * 64 + pair * 4 + c
-                mask = token < tokens
+                mask = always & (token < tokens)
                 if (i + 1) * WARPS * 64 > x_pairs:
                     mask = mask & (column < x_pairs)
-                xs = xs + (tl.load(row_place + column, mask, other=0),)
+                xs = xs + (_load_pair(row_place + column, mask, ASM),)  # type: ignore[assignment]
         # A warp without a tile left reads some scale again; its words and its x are zero.
         tile = tl.minimum(tile, COLUMN_TILES - 1) - warp
         sums = ()
