@@ -242,11 +242,11 @@ def sample(
     pdl = supports_pdl(logits)
     _sample_kernel[(rows,)](
         logits,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        uniform,
+        temperature.contiguous(),
+        top_k.contiguous(),
+        top_p.contiguous(),
+        min_p.contiguous(),
+        uniform.contiguous(),
         out,
         vocab,
         logits.stride(0),

@@ -154,3 +154,11 @@ def test_shapes_that_do_not_fit_are_refused():
         linear_w8.linear_w8(x, quantized_weight(4, 6), None)
     with pytest.raises(ValueError, match="bias"):
         linear_w8.linear_w8(x, quantized_weight(4, 8), drawn((3,), torch.float32))
+
+
+@pytest.mark.parametrize("rows", [4096, 8192, 32000] if ON_GPU else [16])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 16, 17] if ON_GPU else [1, 2])
+def test_whichever_form_the_shape_asks_for(tokens, rows):
+    for columns in (512, 2080) if ON_GPU else (32,):
+        x, weight = drawn((tokens, columns), torch.float16), drawn((rows, columns), torch.float16)
+        close(linear.linear(x, weight, None), exact(x, weight, None))

@@ -28,8 +28,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, uniform=0.
         (uniform, torch.float32),
     )
     tensors = [
-        torch.as_tensor(value, dtype=dtype).expand(rows).contiguous().to(DEVICE)
-        for value, dtype in columns
+        torch.as_tensor(value, dtype=dtype).to(DEVICE).expand(rows) for value, dtype in columns
     ]
     return sampling.sample(logits.to(DEVICE), *tensors)
 
