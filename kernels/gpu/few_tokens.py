@@ -175,13 +175,15 @@ def _few_tokens_kernel(
     sums = ()
     for part in tl.static_range(PARTS):
         row = tl.minimum(base + 8 * part + r, rows - 1).to(tl.int64)
-        places = places + (weight + row * weight_stride + warp * 16 + lane,)
+        place = weight + row * weight_stride + warp * 16 + lane
+        places = places + (place,)  # type: ignore[assignment]
     for step in tl.static_range(AHEAD):
         wanted = step * WARPS + warp + lane * 0 < chunks
         for part in tl.static_range(PARTS):
             ring = ring + _load_words(places[part] + step * WARPS * 16, wanted, True, ASM)
     for _ in tl.static_range(BLOCKS * TILES * 4):
-        sums = sums + (tl.zeros([WARPS, 8, 4], dtype=tl.float32),)
+        nought = tl.zeros([WARPS, 8, 4], dtype=tl.float32)
+        sums = sums + (nought,)  # type: ignore[assignment]
     release_successor(PDL)
     wait_for_predecessor(PDL)
     for start in range(0, chunks, AHEAD * WARPS):
