@@ -175,8 +175,8 @@ def _few_tokens_kernel(
     sums = ()
     for part in tl.static_range(PARTS):
         row = tl.minimum(base + 8 * part + r, rows - 1).to(tl.int64)
-        place = weight + row * weight_stride + warp * 16 + lane
-        places = places + (place,)  # type: ignore[assignment]
+        words = weight + row * weight_stride + warp * 16 + lane
+        places = places + (words,)  # type: ignore[assignment]
     for step in tl.static_range(AHEAD):
         wanted = step * WARPS + warp + lane * 0 < chunks
         for part in tl.static_range(PARTS):
