@@ -22,7 +22,7 @@ from kernels.gpu.tuning import (
     W4Config,
     bucket_of,
     gpu_name,
-    invariant_warps,
+    invariant_config,
     w4_config,
 )
 from kernels.gpu.w4_dot import w4_dequantize_kernel, w4_dot_kernel
@@ -63,13 +63,12 @@ def _linear(
     x: Tensor, weight: W4Weight, bias: Tensor | None, gated: bool, batch_invariant: bool
 ) -> Tensor:
     x = _checked(x, weight)
-    tokens = x.shape[0]
     out_features = weight.out_features // 2 if gated else weight.out_features
-    if not tokens:
+    if not x.shape[0]:
         return x.new_empty(0, out_features)
     if batch_invariant:
-        return run(x, weight, bias, gated, _invariant_config(tokens, weight))
-    bucket = bucket_of(tokens)
+        return run(x, weight, bias, gated, invariant_config(weight.group_size))
+    bucket = bucket_of(x.shape[0])
     if bucket is None:
         return unpacked_product(x, weight, bias, gated)
     index = x.device.index or 0
@@ -96,14 +95,6 @@ def _checked(x: Tensor, weight: W4Weight) -> Tensor:
     if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:
         x = x.clone(memory_format=torch.contiguous_format)  # pairs must lie on 4 bytes
     return x
-
-
-def _invariant_config(tokens: int, weight: W4Weight) -> MmaConfig:
-    """Only the number of warps decides the order of a sum, and it does not hang on the tokens."""
-    warps = invariant_warps(weight.in_features)
-    if tokens <= 8:
-        return MmaConfig(8, 1, warps, 3)
-    return MmaConfig(16, 1, warps, 2) if tokens <= 16 else MmaConfig(32, 2, warps, 1)
 
 
 def run(

@@ -63,24 +63,19 @@ def w4_config(
 
 def default_config(sms: int, op: str, rows: int, columns: int, bucket: int) -> W4Config:
     """The rule for what no table knows."""
-    gated = op == "gated_linear_w4"
-    if bucket <= 16:
-        warps = 8 if columns <= 16384 else 16
-        return MmaConfig(bucket, 1, warps, 2 if gated else 4)
-    tile_tokens = min(bucket, 128)
+    tokens = min(max(bucket, 16), 128)
     tile_rows = 128
-    programs = -(-rows // tile_rows) * -(-bucket // tile_tokens)
+    programs = -(-rows // tile_rows) * -(-bucket // tokens)
     splits = 1
-    while splits < 8 and programs * splits * 2 <= 2 * sms and columns // (splits * 2) >= 512:
+    # Up to three programs a multiprocessor, each with at least four tiles of columns.
+    while splits < 8 and programs * splits * 2 <= 3 * sms and columns >= 1024 * splits:
         splits *= 2
-    wide = tile_tokens >= 64
-    return DotConfig(tile_tokens, tile_rows, splits, wide, 8 if tile_tokens == 128 else 4)
+    return DotConfig(tokens, tile_rows, splits, tokens >= 64, 8 if tokens == 128 else 4)
 
 
-@cache
-def invariant_warps(columns: int) -> int:
-    """Warps of the one form of sum that batch_invariant asks for, whatever the tokens."""
-    return 8 if columns <= 16384 else 16
+def invariant_config(group_size: int) -> DotConfig:
+    """The one form and tile that batch_invariant asks for, whatever the tokens and the GPU."""
+    return DotConfig(32, 128, 1, group_size != 128)
 
 
 @cache
