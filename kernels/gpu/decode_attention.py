@@ -147,14 +147,14 @@ def _decode_kernel(
     if BITS == 4:
         qc = qc.to(DTYPE)
         qd = qd.to(DTYPE)
-    # Tiles of one row, so that the functions for tiles serve. Only one split has use for them, but
-    # asked for here, they arrive while the older tokens are worked on.
+    # Tiles of one row, so that the functions for tiles serve.
     one = tl.arange(0, 1)
     k_row = k_ptr + token * k_stride_token + kv_head * k_stride_head + one[:, None]
     v_row = v_ptr + token * v_stride_token + kv_head * v_stride_head + one[:, None]
-    slot = tl.load(slot_mapping + token)
-    ka, kb, kc, kd = rotated(k_row, cos, sin, words, real, D, ROTARY_DIM, BITS)
-    va, vb, vc, vd = rotated(v_row, None, None, words, real, D, 0, BITS)
+    if not SPLIT:
+        # Asked for here, they arrive while the older tokens are worked on.
+        ka, kb, kc, kd = rotated(k_row, cos, sin, words, real, D, ROTARY_DIM, BITS)
+        va, vb, vc, vd = rotated(v_row, None, None, words, real, D, 0, BITS)
     if BITS < 16:
         k_params += head * params_stride_head
         v_params += head * params_stride_head
@@ -207,6 +207,10 @@ def _decode_kernel(
             d = d / LIFT + offset
 
     if split == new:
+        if SPLIT:
+            ka, kb, kc, kd = rotated(k_row, cos, sin, words, real, D, ROTARY_DIM, BITS)
+            va, vb, vc, vd = rotated(v_row, None, None, words, real, D, 0, BITS)
+        slot = tl.load(slot_mapping + token)
         stored = (one == 0) & (slot >= 0)
         pool_at = slot * pool_stride_slot + one
         params_at = slot * params_stride_slot + one
@@ -341,6 +345,9 @@ def _config(
     """Tokens of a tile, warps, pipeline stages, registers a thread (0: any number)."""
     if dtype == torch.float32 or head_dim > 128 or group > 16:
         return 32, 4, 2, 0
-    # Warps meet several times a tile. Unpacking keeps two busy enough: at 64 x 600 tokens of 32
-    # heads, 8 bits, two read 3.1 TB/s and four 2.2; with 16 bits both 4.1.
-    return 64, 2 if bits < 16 or group == 1 else 4, 3, 0
+    # Warps meet several times a tile, so few are best. Microseconds at 64 sequences x 600 tokens of
+    # 32 heads, by warps, the tile chosen for each: 8 bits 145 (4), 105 (2), 122 (1); 4 bits 144,
+    # 112, 71; 16 bits 152 always. At one sequence as many or fewer.
+    if bits == 4:
+        return 32, 1, 4, 0
+    return 64, 2, 2 if bits == 16 and group > 1 else 3, 0

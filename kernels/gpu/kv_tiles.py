@@ -92,7 +92,7 @@ def _measured(a, b, c, d, inside, BITS: tl.constexpr):
     top = tl.max(tl.where(inside, top, float("-inf")), 1)
     zero = tl.min(tl.where(inside, low, float("inf")), 1)
     steps: tl.constexpr = float(2**BITS - 1)
-    scale = tl.maximum(tl.div_rn(top - zero, tl.full(top.shape, steps, tl.float32)), 1e-7)
+    scale = tl.maximum((top - zero) / steps, 1e-7)
     low_half = scale.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
     high_half = zero.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
     return (low_half | (high_half << 16)).to(tl.int32, bitcast=True)
@@ -102,8 +102,7 @@ def _measured(a, b, c, d, inside, BITS: tl.constexpr):
 def _quantized(x, scale, zero, BITS: tl.constexpr):
     """Whole numbers, as float32, of x [rows, WIDTH] by scale and zero [rows]."""
     steps: tl.constexpr = float(2**BITS - 1)
-    scaled = tl.div_rn(x - zero[:, None], scale[:, None] + tl.zeros_like(x))
-    scaled = tl.minimum(tl.maximum(scaled, 0.0), steps)
+    scaled = tl.minimum(tl.maximum((x - zero[:, None]) / scale[:, None], 0.0), steps)
     # Adding and taking away 1.5 * 2**23 rounds to the nearest, halves to even, as torch does.
     return (scaled + 12582912.0) - 12582912.0
 
