@@ -193,6 +193,34 @@ def test_splits_are_added_up_and_the_counters_left_at_zero(bits, window):
     assert not workspace[2].any()
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_graph_reads_lengths_and_slots_anew(bits, splits):
+    case = Case([(1, 140), (1, 70)], 2, bits=bits)
+    metadata, cache = case.metadata, case.copy_of_cache()
+    out = torch.empty_like(case.inputs[0])
+
+    def launch() -> None:
+        decode_attention(out, *case.inputs, cache, metadata, case.scale, splits=splits)
+
+    launch()
+    replay = launch
+    if DEVICE.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch()
+        replay = graph.replay
+    metadata.seq_lens_k.copy_(torch.tensor([50, 71]))
+    metadata.slot_mapping.copy_(
+        torch.stack([metadata.block_table[0, 0] * 64 + 49, metadata.block_table[1, 1] * 64 + 6])
+    )
+    case.metadata = replace(metadata, seq_lens=[50, 71])
+    for _ in range(2):
+        out.fill_(torch.nan)
+        replay()
+        case.compare(out, cache, None)
+
+
 def test_the_host_chooses_more_splits_for_a_small_batch():
     from kernels.gpu.decode_attention import num_splits
 
