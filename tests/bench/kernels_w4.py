@@ -107,30 +107,26 @@ def seconds(product: Callable[[W4Weight], Tensor], copies: list[W4Weight]) -> fl
 
 
 def candidates(bucket: int, shape: Shape) -> Iterator[W4Config]:
-    """What is tried: found by wider trials to hold the fastest."""
+    """What is tried."""
     if bucket == 8:
-        for blocks, warps, ahead in itertools.product((1, 2), (4, 8, 16), (2, 4, 8)):
-            steps = -(-(shape.columns // 128) // warps)
-            held = 8 * blocks * min(ahead, steps) * (2 if shape.gated else 1)  # registers
-            if ahead < 2 * steps and held <= 128 and (blocks == 1 or warps == 8):
-                yield MmaConfig(8, blocks, warps, ahead)
+        tiles = -(-shape.columns // 128)
+        for warps, ahead in ((8, 4), (4, 4), (8, 2), (16, 2), (4, 8), (16, 4)):
+            if -(-tiles // warps) > ahead // 2 and not (shape.gated and ahead == 8):
+                yield MmaConfig(8, 1, warps, ahead)
         return
-    if bucket == 16:
-        for blocks in (1, 2) if shape.gated else (2, 4):
-            yield MmaConfig(16, blocks, 8, 2)
+    if bucket == 16 and shape.gated:
+        yield MmaConfig(16, 1, 8, 2)
     for tokens in (16, 32, 64, 128):
-        if not min(bucket, 128) // 2 <= tokens <= bucket:
+        if not min(bucket, 128) // 2 < tokens <= bucket:
             continue
-        for rows, splits, stages in itertools.product((64, 128), (1, 2, 4, 8), (3, 4)):
+        for stages, rows, splits in itertools.product((3, 4), (128, 64), (2, 4, 8, 1)):
             programs = -(-shape.rows // rows) * -(-bucket // tokens) * splits
-            if programs < 100 or (splits > 1 and programs > 800):
+            if programs < 100 or (splits > 1 and programs > 1000):
                 continue
-            if (rows == 64 and tokens > 32) or (stages == 4 and tokens == 128):
+            if (rows == 64 and tokens > 16) or (stages == 4 and tokens > 32):
                 continue
-            for scaled in (False, True) if tokens == 64 else (tokens > 64,):
-                warps = (4, 8) if rows * tokens == 8192 else (8 if tokens >= 128 else 4,)
-                for count in warps:
-                    yield DotConfig(tokens, rows, splits, scaled, count, stages)
+            for scaled in (True, False) if tokens == 64 else (tokens > 64,):
+                yield DotConfig(tokens, rows, splits, scaled, 8 if tokens >= 128 else 4, stages)
 
 
 def activations(tokens: int, columns: int) -> Tensor:
