@@ -132,15 +132,13 @@ def _decode_kernel(
     blocks = tile_blocks(table, tile_from * BLOCK_N, old, BLOCK_N, BLOCK_SIZE)
 
     words = tl.arange(0, WIDTH)[None, :]
-    real = words < D * BITS // 16
     rows = tl.arange(0, BLOCK_M)
     used = rows < GROUP
-    inside = used[:, None] & real
     cos = cos_ptr + token * rotary_stride
     sin = sin_ptr + token * rotary_stride
     q_rows = q_ptr + token * q_stride_token
     q_rows = q_rows + ((kv_head * GROUP + rows) * q_stride_head)[:, None]
-    qa, qb, qc, qd = rotated(q_rows, cos, sin, words, inside, D, ROTARY_DIM, BITS)
+    qa, qb, qc, qd = rotated(q_rows, cos, sin, used[:, None], WIDTH, D, ROTARY_DIM, BITS)
     qa = qa.to(DTYPE)
     if BITS < 16:
         qb = qb.to(DTYPE)
@@ -149,12 +147,13 @@ def _decode_kernel(
         qd = qd.to(DTYPE)
     # Tiles of one row, so that the functions for tiles serve.
     one = tl.arange(0, 1)
+    there = (one == 0)[:, None]
     k_row = k_ptr + token * k_stride_token + kv_head * k_stride_head + one[:, None]
     v_row = v_ptr + token * v_stride_token + kv_head * v_stride_head + one[:, None]
     if not SPLIT:
         # Asked for here, they arrive while the older tokens are worked on.
-        ka, kb, kc, kd = rotated(k_row, cos, sin, words, real, D, ROTARY_DIM, BITS)
-        va, vb, vc, vd = rotated(v_row, None, None, words, real, D, 0, BITS)
+        ka, kb, kc, kd = rotated(k_row, cos, sin, there, WIDTH, D, ROTARY_DIM, BITS)
+        va, vb, vc, vd = rotated(v_row, None, None, there, WIDTH, D, 0, BITS)
     if BITS < 16:
         k_params += head * params_stride_head
         v_params += head * params_stride_head
@@ -208,8 +207,8 @@ def _decode_kernel(
 
     if split == new:
         if SPLIT:
-            ka, kb, kc, kd = rotated(k_row, cos, sin, words, real, D, ROTARY_DIM, BITS)
-            va, vb, vc, vd = rotated(v_row, None, None, words, real, D, 0, BITS)
+            ka, kb, kc, kd = rotated(k_row, cos, sin, there, WIDTH, D, ROTARY_DIM, BITS)
+            va, vb, vc, vd = rotated(v_row, None, None, there, WIDTH, D, 0, BITS)
         slot = tl.load(slot_mapping + token)
         stored = (one == 0) & (slot >= 0)
         pool_at = slot * pool_stride_slot + one
@@ -235,7 +234,7 @@ def _decode_kernel(
         # [sequence, KV head, split, query head of the group, D]
         pair = token * tl.num_programs(0) + kv_head
         mine = (pair * (splits + 1) + split) * GROUP + rows
-        store_output(partial_ptr + (mine * D)[:, None], a, b, c, d, words, inside, D, BITS)
+        store_output(partial_ptr + (mine * D)[:, None], a, b, c, d, used[:, None], D, BITS)
         tl.store(stats_ptr + mine * 2, m, mask=used)
         tl.store(stats_ptr + mine * 2 + 1, total, mask=used)
         # All threads' stores come before the one thread's release of them.
@@ -258,7 +257,7 @@ def _decode_kernel(
             c = tl.where(keep, c * weight, 0.0)
             d = tl.where(keep, d * weight, 0.0)
         out = out_ptr + ((group + rows) * D)[:, None]
-        store_output(out, a, b, c, d, words, inside, D, BITS)
+        store_output(out, a, b, c, d, used[:, None], D, BITS)
 
 
 def num_splits(sequences: int, kv_heads: int, max_seq_len: int, block_n: int, sms: int) -> int:

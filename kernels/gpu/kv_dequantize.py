@@ -60,7 +60,6 @@ def _dequantize_kernel(
     rows = tl.arange(0, BLOCK_N)
     valid = first + rows < seq_len
     words = tl.arange(0, WIDTH)[None, :]
-    inside = valid[:, None] & (words < D * BITS // 16)
     out_slot = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tile) * BLOCK_N + rows
     out_at = (head * out_stride_head + out_slot * D)[:, None]
     pool_at = head * pool_stride_head + origin * pool_stride_slot
@@ -80,7 +79,7 @@ def _dequantize_kernel(
         if BITS == 4:
             c = c.to(tl.float32) * scale + zero
             d = d.to(tl.float32) * scale + zero
-        store_output(out + out_at, a, b, c, d, words, inside, D, BITS)
+        store_output(out + out_at, a, b, c, d, valid[:, None], D, BITS)
 
 
 def dequantized(

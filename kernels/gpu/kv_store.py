@@ -34,11 +34,10 @@ def _store_kernel(
         return
     mask = heads < KV_HEADS
     words = tl.arange(0, WIDTH)[None, :]
-    inside = mask[:, None] & (words < D * BITS // 16)
     rows = (k_ptr + token * k_stride_token + heads * k_stride_head)[:, None]
     cos = cos_ptr + token * rotary_stride if ROTARY_DIM > 0 else None
     sin = sin_ptr + token * rotary_stride if ROTARY_DIM > 0 else None
-    a, b, c, d = rotated(rows, cos, sin, words, inside, D, ROTARY_DIM, BITS)
+    a, b, c, d = rotated(rows, cos, sin, mask[:, None], WIDTH, D, ROTARY_DIM, BITS)
     pool_offsets = heads.to(tl.int64) * pool_stride_head + slot * pool_stride_slot
     params_offsets = heads.to(tl.int64) * params_stride_head + slot * params_stride_slot
     store_parts(
@@ -46,7 +45,7 @@ def _store_kernel(
         words, mask, D, BITS, STATIC,
     )  # fmt: skip
     rows = (v_ptr + token * v_stride_token + heads * v_stride_head)[:, None]
-    a, b, c, d = rotated(rows, None, None, words, inside, D, 0, BITS)
+    a, b, c, d = rotated(rows, None, None, mask[:, None], WIDTH, D, 0, BITS)
     store_parts(
         a, b, c, d, v_pool + pool_offsets, v_params + params_offsets if BITS < 16 else None,
         words, mask, D, BITS, STATIC,

@@ -128,13 +128,12 @@ def _prefill_kernel(
         tile_full = tile_from
 
     words = tl.arange(0, WIDTH)[None, :]
-    inside = used[:, None] & (words < D * BITS // 16)
     flat = (query_start + tokens).to(tl.int64)
     heads = kv_head * GROUP + rows % GROUP
     q_rows = q_ptr + (flat * q_stride_token + heads * q_stride_head)[:, None]
     cos = cos_ptr + (flat * rotary_stride)[:, None] if ROTARY_DIM > 0 else None
     sin = sin_ptr + (flat * rotary_stride)[:, None] if ROTARY_DIM > 0 else None
-    qa, qb, qc, qd = rotated(q_rows, cos, sin, words, inside, D, ROTARY_DIM, BITS)
+    qa, qb, qc, qd = rotated(q_rows, cos, sin, used[:, None], WIDTH, D, ROTARY_DIM, BITS)
     qa = qa.to(DTYPE)
     q_sum = 0.0
     if BITS < 16:
@@ -179,7 +178,7 @@ def _prefill_kernel(
     else:
         a = a * weight
     out = out_ptr + ((flat * (tl.num_programs(0) * GROUP) + heads) * D)[:, None]
-    store_output(out, a, b, c, d, words, inside, D, BITS)
+    store_output(out, a, b, c, d, used[:, None], D, BITS)
 
 
 def prefill_attention(
