@@ -178,13 +178,16 @@ def _split_space(x: Tensor, tiles: int, config: DotConfig) -> tuple[Tensor, Tens
         raise ValueError(f"{tiles} tiles with split columns; {MAX_SPLIT_TILES} at most")
     size = tiles * config.splits * config.rows * config.tokens
     partials = torch.empty(size, dtype=torch.float32, device=x.device)
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    return partials, _counters(x.device, stream)
+    return partials, _counters(x.device)
 
 
 @cache
-def _counters(device: torch.device, stream: int) -> Tensor:
-    """Zeros, which every launch leaves zero; a stream of its own each, as streams overlap."""
+def _counters(device: torch.device) -> Tensor:
+    """Zeros, which every launch leaves zero: products of one device run one after another.
+
+    Made at the first call, which must come before a CUDA graph is captured; as it compiles the
+    kernel, it has to anyway.
+    """
     return torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
 
 
