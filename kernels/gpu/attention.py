@@ -1,4 +1,4 @@
-"""The op `attention` on a GPU: decode rows by one kernel, the rest by two."""
+"""The op `attention` on a GPU: decode rows by one kernel, the rest by two or three."""
 
 from __future__ import annotations
 
@@ -55,8 +55,6 @@ def attention(
     if q.shape[0] > decodes:
         new = slice(decodes, None)
         rotary = (cos, sin)
-        rope_and_store(
-            k[new], v[new], (cos[new], sin[new]), cache, metadata.slot_mapping[new]
-        )
+        rope_and_store(k[new], v[new], (cos[new], sin[new]), cache, metadata.slot_mapping[new])
         prefill_attention(out, q, rotary, cache, metadata, scale, window, first_sequence=decodes)
     return out
