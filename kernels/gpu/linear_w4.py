@@ -78,7 +78,6 @@ def _linear(
         "gated_linear_w4" if gated else "linear_w4",
         weight.out_features,
         weight.in_features,
-        weight.group_size,
         bucket,
     )
     return run(x, weight, bias, gated, config)
@@ -172,13 +171,14 @@ def run(
 
 def _split_space(x: Tensor, tiles: int, config: DotConfig) -> tuple[Tensor, Tensor]:
     """Room for the sums of split columns, and counters that are zero."""
+    counters = _counters(x.device)
     if config.splits == 1:
-        return x, x
+        return x, counters
     if tiles > MAX_SPLIT_TILES:
         raise ValueError(f"{tiles} tiles with split columns; {MAX_SPLIT_TILES} at most")
     size = tiles * config.splits * config.rows * config.tokens
     partials = torch.empty(size, dtype=torch.float32, device=x.device)
-    return partials, _counters(x.device)
+    return partials, counters
 
 
 @cache

@@ -51,9 +51,7 @@ def bucket_of(tokens: int) -> int | None:
 
 
 @cache
-def w4_config(
-    gpu: str, sms: int, op: str, rows: int, columns: int, group_size: int, bucket: int
-) -> W4Config:
+def w4_config(gpu: str, sms: int, op: str, rows: int, columns: int, bucket: int) -> W4Config:
     """What serves a weight [rows, columns] and a bucket of tokens on a GPU of `sms` processors."""
     entry = _table(gpu).get(op, {}).get(f"{rows}x{columns}", {}).get(str(bucket))
     if entry is None:

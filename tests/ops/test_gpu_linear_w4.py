@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from kernels.packing import W4Weight, dequantize_w4, pack_w4
 from tests.ops.gpu_device import DEVICE, ON_GPU
 
 from kernels.gpu import linear_w4 as w4  # isort: skip  (gpu_device decides how Triton is imported)
+from kernels.gpu import tuning  # isort: skip
 from kernels.gpu.tuning import DotConfig, MmaConfig, bucket_of, default_config  # isort: skip
 
 # Half of the outputs' last bit, and for weights scaled in x's type half of theirs. The interpreter
@@ -171,3 +174,27 @@ def test_the_rule_has_an_answer_for_every_shape(tokens):
         for rows, columns in [(64, 128), (12288, 4096), (57344, 8192), (8192, 28672)]:
             config = default_config(132, op, rows, columns, bucket_of(tokens))
             assert config.tokens <= 128 and config.warps in (4, 8, 16)
+
+
+def test_a_table_goes_before_the_rule(tmp_path, monkeypatch):
+    entry = {"kernel": "mma", "tokens": 8, "blocks": 2, "warps": 4, "ahead": 1}
+    table = {"linear_w4": {"64x128": {"8": entry}}}
+    (tmp_path / "some_gpu.json").write_text(json.dumps(table), encoding="utf-8")
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+
+    def found(op, bucket):
+        return tuning.w4_config("Some GPU", 4, op, 64, 128, bucket)
+
+    assert found("linear_w4", 8) == MmaConfig(8, 2, 4, 1)
+    assert found("linear_w4", 16) == default_config(4, "linear_w4", 64, 128, 16)
+    assert found("gated_linear_w4", 8) == default_config(4, "gated_linear_w4", 64, 128, 8)
+
+
+def test_the_tables_hold_what_can_be_launched():
+    for path in tuning.TUNED.glob("*.json"):
+        for op, shapes in json.loads(path.read_text(encoding="utf-8")).items():
+            for shape in shapes:
+                rows, columns = map(int, shape.split("x"))
+                for bucket in tuning.BUCKETS:
+                    config = tuning.w4_config("NVIDIA H200", 132, op, rows, columns, bucket)
+                    assert config.warps in (4, 8, 16) and 8 <= config.tokens <= 128
