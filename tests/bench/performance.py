@@ -44,9 +44,14 @@ async def run(args: argparse.Namespace) -> None:
             sampling = SamplingParams(
                 temperature=0.0, max_tokens=one.completion_tokens, ignore_eos=True
             )
-            rows.append(await measure(session, one, sampling, 1, args.rounds, rng))
-            print(f"{rows[-1]['tok/s']:9.1f} tok/s, first {rows[-1]['first_mean_ms']:7.2f} ms",
-                  one, flush=True)  # fmt: skip
+            rows.append(await measure(session, one, sampling, args.warmup_rounds, args.rounds, rng))
+            row = rows[-1]
+            print(
+                f"{one.concurrency}x{one.prompt_tokens}+{one.completion_tokens}:"
+                f" {row['tok/s']:.1f} tok/s ({row['min']:.1f} to {row['max']:.1f}),"
+                f" first token {row['first_mean_ms']:.2f} ms, in use {row['mem_gb'] or 0:.2f} GB",
+                flush=True,
+            )
         print(table(rows))
         if args.csv:
             write_csv(args.csv, rows, session.trace())
@@ -63,6 +68,7 @@ def main() -> None:
     parser.add_argument("--inline", action="store_true")
     parser.add_argument("--cases", type=case, nargs="+", default=[case(text) for text in CASES])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warmup-rounds", type=int, default=1)
     parser.add_argument("--csv")
     asyncio.run(run(parser.parse_args()))
 
