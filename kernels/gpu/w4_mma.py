@@ -5,7 +5,7 @@ left to add up across programs. Its warps take the tiles of 128 columns in turn.
 bytes of a row: with the packing of `kernels.packing` these are, once unpacked, exactly its part of
 the operand A of mma.m16n8k16 (lane 4r + c has rows r and r + 8, columns 2c, 2c + 1, 2c + 8 and
 2c + 9), so no value passes through shared memory. x is operand B, 8 tokens wide; with one token
-the other seven columns are zero, which costs nothing: the memory is what is waited for.
+all eight columns are that one, which costs nothing.
 
 The loads of a warp's first tiles are in flight before the kernel before this one has ended.
 The sum's order depends on WARPS only, never on how many tokens or rows a program has.
@@ -108,17 +108,22 @@ mov.b32 $0, 0;
 
 
 @triton.jit
-def _load_pair(pointers, wanted, ASM: tl.constexpr):
-    """A pair of x for each lane, after the wait for who wrote it."""
+def _load_pair(pointers, wanted, ALL: tl.constexpr, ASM: tl.constexpr):
+    """A pair of x for each lane, after the wait for who wrote it; zero where not wanted."""
     if ASM:
-        pair = tl.inline_asm_elementwise(
-            LOAD_PAIR,
-            "=&r,l,r",
-            [pointers, wanted.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        if ALL:
+            pair = tl.inline_asm_elementwise(
+                "ld.global.b32 $0, [$1];", "=r,l", [pointers], tl.int32, is_pure=False, pack=1
+            )
+        else:
+            pair = tl.inline_asm_elementwise(
+                LOAD_PAIR,
+                "=&r,l,r",
+                [pointers, wanted.to(tl.int32)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
     else:
         pair = tl.load(pointers, mask=wanted, other=0)
     return pair
@@ -297,14 +302,16 @@ def w4_mma_kernel(
         tile = i * WARPS + warp
         xs = ()
         for t in tl.static_range(TOKEN_TILES):
-            token = first_token + 8 * t + r
+            # Beyond the last token: that one again. Its results are not stored.
+            token = tl.minimum(first_token + 8 * t + r, tokens - 1)
             row_place = x + token.to(tl.int64) * x_stride
             for pair in tl.static_range(16):
                 column = tile * 64 + pair * 4 + c
-                mask = always & (token < tokens)
-                if (i + 1) * WARPS * 64 > x_pairs:
-                    mask = mask & (column < x_pairs)
-                xs = xs + (_load_pair(row_place + column, mask, ASM),)  # type: ignore[assignment]
+                wanted = always & (column < x_pairs)
+                loaded = _load_pair(
+                    row_place + column, wanted, (i + 1) * WARPS * 64 <= x_pairs, ASM
+                )
+                xs = xs + (loaded,)  # type: ignore[assignment]
         # A warp without a tile left reads some scale again; its words and its x are zero.
         tile = tl.minimum(tile, COLUMN_TILES - 1) - warp
         sums = ()
