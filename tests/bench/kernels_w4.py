@@ -110,9 +110,10 @@ def candidates(bucket: int, shape: Shape) -> Iterator[W4Config]:
     """What is tried."""
     if bucket == 8:
         tiles = -(-shape.columns // 128)
-        for warps, ahead in ((8, 4), (4, 4), (8, 2), (16, 2), (4, 8), (16, 4)):
-            if -(-tiles // warps) > ahead // 2 and not (shape.gated and ahead == 8):
-                yield MmaConfig(8, 1, warps, ahead)
+        few = (1, 8, 4), (1, 8, 2), (1, 4, 4), (1, 4, 8), (1, 16, 2)
+        for blocks, warps, ahead in (*few, (2, 8, 2), (2, 8, 1), (2, 4, 2), (2, 16, 1), (4, 8, 1)):
+            if -(-tiles // warps) > ahead // 2 and (not shape.gated or blocks * ahead <= 4):
+                yield MmaConfig(8, blocks, warps, ahead)
         return
     if bucket == 16 and shape.gated:
         yield MmaConfig(16, 1, 8, 2)
