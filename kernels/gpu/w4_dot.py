@@ -35,7 +35,7 @@ def _prefetch(pointers):
 
 
 @triton.jit
-def _tile_rows(first, count, up_row, last_row, ROWS: tl.constexpr, GATED: tl.constexpr):
+def _tile_rows(first, up_row, last_row, ROWS: tl.constexpr, GATED: tl.constexpr):
     """The weight's rows of a tile: if GATED, half of them of the gate, half of up."""
     index = tl.arange(0, ROWS)
     if GATED:
@@ -77,7 +77,7 @@ def w4_dot_kernel(
     OUT_ROWS: tl.constexpr = ROWS // 2 if GATED else ROWS
     split = tl.program_id(0) % SPLITS
     block = tl.program_id(0) // SPLITS
-    row = _tile_rows(block * OUT_ROWS, OUT_ROWS, up_row, last_row, ROWS, GATED)
+    row = _tile_rows(block * OUT_ROWS, up_row, last_row, ROWS, GATED)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, 128)
     c = tl.arange(0, 4)[None, :, None]

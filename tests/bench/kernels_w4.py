@@ -11,6 +11,7 @@ weight of more than three times the L2 cache, on random data.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -25,9 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.gpu import linear_w4 as w4
 from kernels.gpu.tuning import BUCKETS, KINDS, DotConfig, MmaConfig, W4Config
 from kernels.packing import W4Weight
+
+# The module; the package's attribute of this name is the op.
+w4 = importlib.import_module("kernels.gpu.linear_w4")
 
 COPY_BANDWIDTH = 4.3e12  # bytes/s, measured on an H200
 ROTATED_BYTES = 200 << 20
