@@ -242,8 +242,10 @@ def draw(
         words = torch.empty(slot.shape, dtype=torch.int32, device=device)
         return words.random_(-(2**31), 2**31, generator=generator)
     if name.endswith(".qzeros"):
+        # 7 or 8, so that weights are 0 on average: else every layer adds up what all inputs have in
+        # common, and 32 layers of a 7B shape leave float16's range.
         groups, words_a_row = slot.shape
-        zeros = torch.randint(7, 10, (groups, words_a_row * 8), generator=generator, device=device)
+        zeros = torch.randint(7, 9, (groups, words_a_row * 8), generator=generator, device=device)
         return pack_awq(zeros.to(torch.uint8))
     normal = torch.empty(slot.shape, device=device).normal_(generator=generator)
     if name.endswith(".scales"):

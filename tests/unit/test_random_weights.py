@@ -66,13 +66,16 @@ def test_four_bits(tmp_path):
     decoder, config = load(folder)
     assert config.dtype == "float16"
     assert config.quantization is not None and config.quantization.group_size == 128
-    assert 0.015 < decoder.layers[1].mlp.down_proj.weight.std() < 0.025
+    weight = decoder.layers[1].mlp.down_proj.weight.float()
+    assert 0.015 < weight.std() < 0.025
+    # A common part of all weights would grow from layer to layer until float16 cannot hold it.
+    assert abs(weight.mean()) < 0.0005
     tensors = tensors_of(folder)
     q = unpack_awq(tensors["model.layers.0.mlp.gate_proj.qweight"])
     counts = torch.bincount(q.flatten().long(), minlength=16) / q.numel()
     assert counts.min() > 0.05 and counts.max() < 0.075
     zeros = unpack_awq(tensors["model.layers.0.mlp.gate_proj.qzeros"])
-    assert set(zeros.flatten().tolist()) == {7, 8, 9}
+    assert set(zeros.flatten().tolist()) == {7, 8}
     assert tensors["lm_head.weight"].dtype == torch.float16
 
 
