@@ -196,9 +196,7 @@ class ModelRunner:
         )
 
     def _tensor(self, values: Items[int], dtype: torch.dtype) -> Tensor:
-        if self.device.type == "cpu":
-            return torch.tensor(values, dtype=dtype)
-        return torch.tensor(values, dtype=dtype, pin_memory=True).to(self.device, non_blocking=True)
+        return sampler.to_device(torch.tensor(values, dtype=dtype), self.device)
 
     def _metadata(self, step: StepInput) -> AttentionMetadata:
         """A CPU reads the host's lists, so it is spared the tensors that say the same."""

@@ -37,20 +37,19 @@ def draw_params(sequences: list[Sequence]) -> DrawParams:
 
 def draw(logits: Tensor, params: DrawParams) -> Tensor:
     """Token ids int64 [S] drawn from logits float32 [S, vocab]; -1 where they are not numbers."""
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)
-
     vocab = logits.shape[-1]
-    top_k = torch.tensor([min(k or vocab, vocab) for k in params.top_k], device=logits.device)
-    return ops.sample(
-        logits,
-        column(params.temperature),
-        top_k,
-        column(params.top_p),
-        column(params.min_p),
-        column(params.uniform),
-    )
+    kept = [min(k or vocab, vocab) for k in params.top_k]
+    floats = torch.tensor([params.temperature, params.top_p, params.min_p, params.uniform])
+    temperature, top_p, min_p, uniform = to_device(floats, logits.device)
+    top_k = to_device(torch.tensor(kept), logits.device)
+    return ops.sample(logits, temperature, top_k, top_p, min_p, uniform)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on its way to a device, without waiting for what the device does before."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 @torch.inference_mode()  # which the logits come from: only there may they be changed in place

@@ -72,8 +72,8 @@ def store_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None
     if cache.bits != 16:
         kernels.reference.store_kv(k, v, cache, slot_mapping)
         return
-    cache.k.index_copy_(1, slot_mapping, k.transpose(0, 1))
-    cache.v.index_copy_(1, slot_mapping, v.transpose(0, 1))
+    cache.k.transpose(0, 1).index_copy_(0, slot_mapping, k)
+    cache.v.transpose(0, 1).index_copy_(0, slot_mapping, v)
 
 
 def attention(

@@ -201,11 +201,11 @@ def _decode_padded(
     if "padded" not in metadata.derived:  # a third of the op's time, so once a step only
         metadata.derived["padded"] = _pad(metadata, q.dtype)
     slots, mask = metadata.derived["padded"]
-    shape = (num_kv_heads, num_sequences, mask.shape[-1], head_dim)
+    shape = (num_sequences, mask.shape[-1], num_kv_heads, head_dim)
     out = F.scaled_dot_product_attention(
         q.reshape(num_sequences, num_kv_heads, -1, head_dim),
-        cache.k.index_select(1, slots).view(shape).transpose(0, 1),
-        cache.v.index_select(1, slots).view(shape).transpose(0, 1),
+        cache.k.transpose(0, 1).index_select(0, slots).view(shape).transpose(1, 2),
+        cache.v.transpose(0, 1).index_select(0, slots).view(shape).transpose(1, 2),
         attn_mask=mask,
         scale=scale,
     )

@@ -31,7 +31,6 @@ def metadata_of(query_len: int, seq_len: int):
     return replace(made, **moved, **shape), slots
 
 
-@torch.inference_mode()
 def logits_of(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of every position: a prompt, then decoding token by token."""
     decoder, config = load_model(str(folder), torch.float16, GPU, ParallelContext())
@@ -44,8 +43,9 @@ def logits_of(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     rows, start = [], 0
     for end in (PREFILL, *range(PREFILL + 1, LENGTH + 1)):
         positions = torch.arange(start, end, device=GPU)
-        hidden = decoder(ids[start:end], positions, pools, metadata_of(end - start, end)[0])
-        rows.append(decoder.compute_logits(hidden))
+        with torch.inference_mode():
+            hidden = decoder(ids[start:end], positions, pools, metadata_of(end - start, end)[0])
+            rows.append(decoder.compute_logits(hidden))
         start = end
     return torch.cat(rows).double().log_softmax(-1)
 
