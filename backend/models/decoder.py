@@ -6,6 +6,7 @@ its mathematics differ.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -131,6 +132,45 @@ class DecoderLayer(nn.Module):
         hidden = self.self_attn(hidden, cos, sin, kv_cache, metadata)
         hidden, residual = self.post_attention_layernorm.add(hidden, residual)
         return self.mlp(hidden), residual
+
+
+@dataclass(frozen=True)
+class ScaleGroup:
+    """Linears whose input channels may be multiplied by s if what makes them is divided by s.
+
+    Attributes:
+        name: of the targets within the decoder layer, such as "self_attn.qkv_proj".
+        source: what makes the channels. Channel c is row `rows.start + c` of its weight
+            (RMSNorm: [hidden_size], a linear: [out_features, in_features]), and of its bias.
+        rows: these rows; a norm's are all.
+        targets: the linears that read the channels, and nothing else does.
+    """
+
+    name: str
+    source: RMSNorm | LinearLayer
+    rows: slice
+    targets: tuple[LinearLayer, ...]
+
+
+def scale_groups(layer: DecoderLayer) -> list[ScaleGroup]:
+    """What smooths what in a layer on one rank, in the order of computation.
+
+    The output projection is smoothed by V's rows only if each query head has a KV head of its
+    own; otherwise several of its channels come from one row.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, gate_up = attention.qkv_proj, mlp.gate_up_proj
+    hidden = slice(0, qkv.in_features)
+    groups = [ScaleGroup("self_attn.qkv_proj", layer.input_layernorm, hidden, (qkv,))]
+    if attention.num_heads == attention.num_kv_heads:
+        v_rows = slice(qkv.out_features - qkv.parts[2].length, qkv.out_features)
+        groups.append(ScaleGroup("self_attn.o_proj", qkv, v_rows, (attention.o_proj,)))
+    up_rows = slice(gate_up.parts[0].length, gate_up.out_features)
+    return [
+        *groups,
+        ScaleGroup("mlp.gate_up_proj", layer.post_attention_layernorm, hidden, (gate_up,)),
+        ScaleGroup("mlp.down_proj", gate_up, up_rows, (mlp.down_proj,)),
+    ]
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,1 @@
+"""Quantization: calibrated, measured, block by block. See docs/quantization.md."""
