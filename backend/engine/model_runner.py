@@ -247,7 +247,7 @@ class ModelRunner:
             num_blocks=num_blocks,
             block_size=self.block_size,
             kv_bits=shape.bits,
-            quantization="awq" if model_config.quantization else "",
+            quantization=model_config.quantization.method if model_config.quantization else "",
             weight_bytes=self.model.weight_bytes() * config.tp,
             kv_bytes_per_token=shape.bytes_per_token * config.tp,
             tp=config.tp,

@@ -22,6 +22,7 @@ from backend.errors import UserError
 from backend.layers.linear import BuildContext
 from backend.layers.linear_method import LinearMethod, WeightSlot
 from backend.layers.methods.awq import AWQMethod
+from backend.layers.methods.smoothquant import SmoothQuantMethod
 from backend.layers.methods.unquantized import UnquantizedMethod
 from backend.layers.parallel import ParallelContext
 from backend.models.checkpoint import DOWNLOAD_AGAIN, TensorInfo, read_checkpoint
@@ -34,6 +35,11 @@ log = logging.getLogger(__name__)
 # Buffers that older versions of transformers saved; they are computed, not loaded.
 IGNORED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.masked_bias$")
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+# How quantized weights are stored: as safetensors spells it, and what the numbers are.
+WHOLE_NUMBERS = {
+    torch.int32: ("I32", "eight 4-bit numbers each"),
+    torch.int8: ("I8", "an 8-bit number each"),
+}
 
 
 def load_model(
@@ -95,7 +101,8 @@ def check_dtype(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
     Raises:
         UserError: float32 asked of kernels that compute in 16 bit.
     """
-    if config.quantization and device.type == "cuda" and dtype == torch.float32:
+    awq = config.quantization is not None and config.quantization.method == "awq"
+    if awq and device.type == "cuda" and dtype == torch.float32:
         raise UserError(
             "A 4-bit model cannot run in float32 on a GPU: its kernels compute in 16 bit.",
             "Load it with --dtype float16 or bfloat16.",
@@ -119,6 +126,10 @@ def build_model(
             slot.destination.fill_(1.0)
         elif slot.destination.dtype == torch.int32:  # eight numbers of 4 bits
             slot.destination.random_(-(2**31), 2**31, generator=generator)
+        elif slot.destination.dtype == torch.int8:
+            slot.destination.random_(-127, 128, generator=generator)
+        elif name.endswith(".scale"):  # of such int8 numbers, whose deviation is 73.3
+            slot.destination.fill_(0.02 / 73.3)
         else:
             slot.destination.normal_(0.0, 0.02, generator=generator)
             if name.endswith(".scales"):  # the difference of two such numbers is 6.5 on average
@@ -134,6 +145,8 @@ def linear_method(
     quantization = config.quantization
     if quantization is None:
         return UnquantizedMethod()
+    if quantization.method == "smooth_quant":
+        return SmoothQuantMethod()
     # Neither a CPU nor a GPU before Ampere has a kernel for this layout; the output head and
     # everything else are the same.
     has_kernel = device.type == "meta" or (
@@ -204,10 +217,12 @@ def check_tensors(
                 f"{list(slots[name].shape)}.",
                 f"config.json and weights do not belong together. {DOWNLOAD_AGAIN}",
             )
-        if slots[name].destination.dtype == torch.int32:
-            if info.dtype != "I32":
+        whole_number = WHOLE_NUMBERS.get(slots[name].destination.dtype)
+        if whole_number is not None:
+            expected, what = whole_number
+            if info.dtype != expected:
                 raise UserError(
-                    f"{name} is stored as {info.dtype:.20}, not as I32, eight 4-bit numbers each.",
+                    f"{name} is stored as {info.dtype:.20}, not as {expected}, {what}.",
                     f"config.json and weights do not belong together. {DOWNLOAD_AGAIN}",
                 )
         elif info.dtype not in FLOAT_DTYPES:

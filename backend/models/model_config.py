@@ -24,8 +24,8 @@ class QuantizationConfig:
     """How the decoder's linear layers are stored; embeddings, norms and output head never are so.
 
     Attributes:
-        method: "awq", the only one there is.
-        group_size: inputs that share a scale and a zero: 32, 64 or 128.
+        method: "awq", 4-bit weights in groups, or "smooth_quant", weights and tokens of 8 bits.
+        group_size: of "awq", inputs that share a scale and a zero: 32, 64 or 128. Else 0.
         not_converted: modules that stayed in 16 bit, by (parts of) their names.
     """
 
@@ -223,7 +223,8 @@ def parse_common(
     if head_dim % 2:
         raise UserError(f"config.json: head_dim {head_dim} must be even for rotary embedding.")
     max_position_embeddings = fields.integer("max_position_embeddings", high=1 << 30)
-    # AWQ's scales are float16, so that is what a model that says nothing was computed in.
+    # AWQ's scales are float16, so that is what a model that says nothing was computed in; and
+    # an int8 one was hardly computed in float32.
     unsaid = "float16" if quantization else "float32"
     dtype = fields.text("dtype", fields.text("torch_dtype", unsaid))
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -247,7 +248,7 @@ def parse_common(
 
 
 def parse_quantization(fields: ConfigFields) -> QuantizationConfig | None:
-    """`quantization_config` as AutoAWQ and transformers write it; None for a 16-bit model.
+    """`quantization_config` as AutoAWQ, transformers and LMDeploy write it; None for 16 bits.
 
     Raises:
         UserError: naming the method or the setting that is not supported.
@@ -260,10 +261,16 @@ def parse_quantization(fields: ConfigFields) -> QuantizationConfig | None:
         return UserError(
             f"This checkpoint is quantized with {what}, which is not supported.",
             'Supported: quant_method "awq" with bits 4, group_size 32, 64 or 128, version "gemm" '
-            "and zero_point true. Or use the model's float16 or bfloat16 checkpoint.",
+            'and zero_point true; quant_method "smooth_quant" with quant_dtype "int8". Or use the '
+            "model's float16 or bfloat16 checkpoint.",
         )
 
     method = section.text("quant_method").lower()
+    if method == "smooth_quant":
+        number = section.text("quant_dtype", "int8").lower()
+        if number != "int8":
+            raise refuse(f"quant_dtype {number!r:.40}")
+        return QuantizationConfig(method, 0)
     if method != "awq":
         raise refuse(f"the method {method!r:.40}")
     bits = section.integer("bits", low=1, high=64)

@@ -11,12 +11,14 @@ from torch import Tensor
 
 import kernels.reference
 from kernels.cpu.attention import paged_attention
+from kernels.cpu.linear_w8 import linear_w8
 from kernels.cpu.sampling import sample
 from kernels.ops import AttentionMetadata, KVCache
 
 __all__ = [
     "add_rms_norm",
     "attention",
+    "linear_w8",
     "paged_attention",
     "rms_norm",
     "rotary_embedding",
