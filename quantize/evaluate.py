@@ -1,0 +1,350 @@
+"""Runs a model over held-out text, alone or against another; verdict.py says what it means.
+
+Two models are never in memory at once: of each one the final hidden states of all tokens are kept
+on the host, with its output head, and the logits are made of them a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backend.chat_template import ChatTemplate
+from backend.errors import UserError
+from backend.layers.embedding import ParallelLMHead
+from backend.layers.parallel import ParallelContext
+from backend.models.checkpoint import read_checkpoint
+from backend.models.decoder import Decoder
+from backend.models.loader import load_model
+from backend.models.model_config import ModelConfig
+from backend.models.registry import read_model_config
+from backend.tokenizer import Tokenizer
+from kernels.ops import AttentionMetadata, KVCache
+from quantize.progress import Progress
+from quantize.verdict import THRESHOLD, Comparison, Measured, Verdict, bootstrap, judge
+
+HELDOUT = Path(__file__).resolve().parents[1] / "assets" / "calibration"
+# File -> what parts its documents (assets/calibration/README.md).
+HELDOUT_FILES = {"heldout_en.txt": "\n\n\n", "heldout_zh.txt": "\n---\n"}
+HELDOUT_NAME = "bundled held-out text, English and Chinese"
+PROMPTS = ("What is the KV cache?", "Write a short story about a fox.", "请用一句话介绍你自己。")
+REPLY_TOKENS = 48
+BLOCK_SIZE = 64  # of the KV cache; the same for every device
+LOGITS = 1 << 24  # logits compared at a time: about 0.5 GB with all that is derived of them
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured.
+
+    Attributes:
+        tokens: of the held-out text at most, spread over its documents.
+        seqlen: longest context in tokens.
+        threshold: nats a token that a model may lose against the other one.
+        dtype: activations' (and unquantized weights'); auto is float32 on a CPU, where rounding
+            then hides nothing, and on a GPU the original's 16-bit format.
+    """
+
+    tokens: int = 32768
+    seqlen: int = 512
+    threshold: float = THRESHOLD
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of one document's tokens: each but the first is predicted from those before it."""
+
+    document: int
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """What is kept of a model that has been over the text.
+
+    Attributes:
+        head: final hidden states [rows, hidden_size] -> float32 logits [rows, vocab_size].
+        hidden: one [len(window) - 1, hidden_size] on the host for each window.
+    """
+
+    head: ParallelLMHead
+    hidden: list[Tensor]
+    memory_bytes: int
+    replies: tuple[str, ...]
+    seconds: float
+
+
+def evaluate(
+    model: str,
+    against: str | None = None,
+    settings: EvaluationSettings | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Measure the model in folder `model`, and with `against` compare it with that one.
+
+    Raises:
+        UserError: a folder cannot be loaded, or the two models do not share a vocabulary.
+    """
+    settings = settings or EvaluationSettings()
+    progress = progress or Progress()
+    device = pick_device(settings.device)
+    config = read_model_config(model)
+    tokenizer = Tokenizer.from_folder(model)
+    if against is not None:
+        _check_same_vocabulary(model, config, tokenizer, against)
+    dtype = _pick_dtype(settings.dtype, device, against or model)
+    windows = heldout_windows(
+        tokenizer, settings.tokens, min(settings.seqlen, config.max_position_embeddings)
+    )
+    folders = [folder for folder in (against, model) if folder is not None]
+    runs = [run_model(folder, windows, device, dtype, progress) for folder in folders]
+    sums = _compare(runs, windows, device, progress)
+    tokens = int(sums.counts.sum())
+    measured = [
+        Measured(
+            os.path.abspath(folder), float(nats.sum()) / tokens, disk_bytes(folder),
+            run.memory_bytes, str(dtype).removeprefix("torch."), run.replies, run.seconds,
+        )
+        for folder, run, nats in zip(folders, runs, sums.nats)
+    ]
+    comparison = None
+    if against is not None:
+        losses = sums.nats[1] - sums.nats[0]
+        comparison = Comparison(
+            float(losses.sum()) / tokens,
+            *bootstrap(losses, sums.counts),
+            sums.divergence / tokens,
+            sums.agreed / tokens,
+        )
+    return judge(
+        measured[-1],
+        measured[0] if against is not None else None,
+        comparison,
+        threshold=settings.threshold,
+        vocab_size=config.vocab_size,
+        tokens=tokens,
+        documents=len(sums.counts),
+        text=f"{HELDOUT_NAME}: {tokens} tokens of {len(sums.counts)} documents",
+        prompts=PROMPTS,
+    )
+
+
+def heldout_windows(tokenizer: Tokenizer, tokens: int, seqlen: int) -> list[Window]:
+    """The bundled held-out text, one document of each language after another, in windows.
+
+    Args:
+        tokens: end when there are so many. A document gives a 32nd of them at most (64 at least),
+            so that a few long ones do not speak for all.
+        seqlen: longest window.
+    """
+    texts = [
+        (HELDOUT / name).read_text(encoding="utf-8").split(mark)
+        for name, mark in HELDOUT_FILES.items()
+    ]
+    documents = [text.strip() for row in zip_longest(*texts) for text in row if text]
+    windows: list[Window] = []
+    left = tokens
+    for index, document in enumerate(filter(None, documents)):
+        ids = tokenizer.encode(document)[: min(left, max(64, tokens // 32))]
+        parts = [ids[start : start + seqlen] for start in range(0, len(ids), seqlen)]
+        windows += [Window(index, part) for part in parts if len(part) >= 2]
+        left -= len(ids)
+        if left < 2:
+            break
+    return windows
+
+
+def run_model(
+    folder: str,
+    windows: Sequence[Window],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> ModelRun:
+    """Load a model, run it over all windows, let it reply to the fixed prompts, let go of it."""
+    start = time.monotonic()
+    tokenizer = Tokenizer.from_folder(folder)
+    prompts = [_prompt_ids(folder, tokenizer, prompt) for prompt in PROMPTS]
+    longest = max(
+        max(len(window.ids) for window in windows), max(map(len, prompts)) + REPLY_TOKENS
+    )
+    with torch.inference_mode():
+        decoder, config = load_model(folder, dtype, device, ParallelContext(), longest)
+        caches = _kv_caches(decoder, config, longest, dtype, device)
+        name = os.path.basename(os.path.abspath(folder))
+        progress.stage(f"evaluate {name}", len(windows) + len(prompts))
+        hidden = []
+        for window in windows:
+            hidden.append(_forward(decoder, window.ids[:-1], 0, caches, device).cpu())
+            progress.step()
+        replies = []
+        for ids in prompts:
+            replies.append(tokenizer.decode(_greedy(decoder, ids, tokenizer, caches, device)))
+            progress.step()
+    return ModelRun(
+        decoder.lm_head, hidden, decoder.weight_bytes(), tuple(replies), time.monotonic() - start
+    )
+
+
+def disk_bytes(folder: str) -> int:
+    """Bytes of the weights' files."""
+    return sum(os.path.getsize(path) for path in {t.path for t in read_checkpoint(folder).values()})
+
+
+def pick_device(name: str) -> torch.device:
+    """auto takes a GPU if there is one.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "There is no GPU that PyTorch can use.", "Leave --device out, or say --device cpu.",
+            field="device",
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _pick_dtype(name: str, device: torch.device, original: str) -> torch.dtype:
+    if name == "auto":
+        stored = read_model_config(original).dtype
+        on_gpu = "float16" if stored == "float16" else "bfloat16"
+        name = "float32" if device.type == "cpu" else on_gpu
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _check_same_vocabulary(
+    model: str, config: ModelConfig, tokenizer: Tokenizer, against: str
+) -> None:
+    other = read_model_config(against)
+    text = "".join(PROMPTS)
+    same = config.vocab_size == other.vocab_size
+    if not same or tokenizer.encode(text) != Tokenizer.from_folder(against).encode(text):
+        raise UserError(
+            f"{model} and {against} do not share a vocabulary, so their tokens cannot be compared.",
+            "Name the model that it was quantized from.",
+            field="against",
+        )
+
+
+def _kv_caches(
+    decoder: Decoder, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device
+) -> list[KVCache]:
+    slots = -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
+    shape = (decoder.num_kv_heads, slots, config.head_dim)
+    return [
+        KVCache(
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
+        )
+        for _ in range(config.num_layers)
+    ]
+
+
+def _forward(
+    decoder: Decoder, ids: Sequence[int], start: int, caches: list[KVCache], device: torch.device
+) -> Tensor:
+    """Final hidden states [len(ids), hidden_size] of one sequence's tokens from `start` on."""
+    count, end = len(ids), start + len(ids)
+    positions = torch.arange(start, end, device=device)
+    metadata = AttentionMetadata(
+        slot_mapping=positions,
+        block_table=torch.arange(-(-end // BLOCK_SIZE), dtype=torch.int32, device=device)[None],
+        cu_seqlens_q=torch.tensor([0, count], dtype=torch.int32, device=device),
+        seq_lens_k=torch.tensor([end], dtype=torch.int32, device=device),
+        query_lens=[count],
+        seq_lens=[end],
+        kv_runs=[[(0, end)]],
+        block_size=BLOCK_SIZE,
+        num_decodes=int(count == 1),
+        max_query_len=count,
+        max_seq_len=end,
+    )
+    return decoder(torch.tensor(ids, device=device), positions, caches, metadata)
+
+
+def _greedy(
+    decoder: Decoder,
+    prompt: list[int],
+    tokenizer: Tokenizer,
+    caches: list[KVCache],
+    device: torch.device,
+) -> list[int]:
+    """The likeliest next token, again and again, up to REPLY_TOKENS or the reply's end."""
+    reply: list[int] = []
+    hidden, start = _forward(decoder, prompt, 0, caches, device), len(prompt)
+    while True:
+        token = int(decoder.compute_logits(hidden[-1:]).argmax())
+        if token in tokenizer.eos_token_ids:
+            return reply
+        reply.append(token)
+        if len(reply) == REPLY_TOKENS:
+            return reply
+        hidden, start = _forward(decoder, [token], start, caches, device), start + 1
+
+
+def _prompt_ids(folder: str, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """As a chat, if the model has a template; else as plain text."""
+    template = ChatTemplate.from_folder(folder)
+    if template.source is None:
+        return tokenizer.encode(prompt)
+    try:
+        text = template.render([{"role": "user", "content": prompt}])
+    finally:
+        template.close()
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Over all tokens, or one a document where it says [documents]; float64."""
+
+    counts: Tensor  # [documents]
+    nats: list[Tensor]  # [documents], one a model
+    divergence: float  # KL(first || second)
+    agreed: int
+
+
+def _compare(
+    runs: Sequence[ModelRun], windows: Sequence[Window], device: torch.device, progress: Progress
+) -> _Sums:
+    """Logits of every place, a few rows at a time, and what is to be known of them."""
+    documents = sorted({window.document for window in windows})
+    place = {document: index for index, document in enumerate(documents)}
+    counts = torch.zeros(len(documents), dtype=torch.float64)
+    nats = [torch.zeros_like(counts) for _ in runs]
+    divergence, agreed = 0.0, 0
+    progress.stage("compare", len(windows))
+    with torch.inference_mode():
+        for index, window in enumerate(windows):
+            at = place[window.document]
+            targets = torch.tensor(window.ids[1:], device=device)
+            counts[at] += len(targets)
+            rows = max(1, LOGITS // runs[0].head.vocab_size)
+            for start in range(0, len(targets), rows):
+                chunk = slice(start, start + rows)
+                logs = [
+                    run.head(run.hidden[index][chunk].to(device)).log_softmax(-1) for run in runs
+                ]
+                for total, log in zip(nats, logs):
+                    picked = log.gather(1, targets[chunk, None])
+                    total[at] -= float(picked.double().sum())
+                if len(logs) == 2:
+                    first, second = logs
+                    kl = (first.exp() * (first - second)).sum(-1)
+                    divergence += float(kl.double().sum())
+                    agreed += int((first.argmax(-1) == second.argmax(-1)).sum())
+            progress.step()
+    return _Sums(counts, nats, divergence, agreed)
