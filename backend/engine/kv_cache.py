@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 import torch
+from torch import Tensor
 
 from backend.config import EngineConfig
 from backend.errors import UserError
+from backend.layers.parallel import ParallelContext
+from backend.models.kv_params import BITS, FILE_NAME, read_kv_params
+from backend.models.model_config import ModelConfig
 from kernels.ops import KVCache
 
 log = logging.getLogger(__name__)
@@ -24,6 +28,8 @@ class KVShape:
     head_dim: int
     dtype: torch.dtype  # of the model
     quant_policy: int  # as in EngineConfig
+    # Measured beforehand, as `read_kv_params` gives them; None: by token and head, as they come.
+    static_params: Tensor | None = field(default=None, compare=False)
 
     @property
     def bits(self) -> int:
@@ -32,9 +38,26 @@ class KVShape:
 
     @property
     def bytes_per_token(self) -> int:
-        """K and V of all layers, with their scales and zeros."""
-        vector = self.head_dim * self.bits // 8 + (4 if self.quant_policy else 0)
+        """K and V of all layers, with such scales and zeros as are kept by token."""
+        by_token = self.quant_policy and self.static_params is None
+        vector = self.head_dim * self.bits // 8 + (4 if by_token else 0)
         return 2 * self.num_layers * self.num_kv_heads * vector
+
+
+def static_params(
+    config: EngineConfig, model: ModelConfig, parallel: ParallelContext
+) -> Tensor | None:
+    """Scales and zeros that the model's folder has for its KV cache, where that is quantized.
+
+    Raises:
+        UserError: the file is damaged or of another model.
+    """
+    if not config.quant_policy:
+        return None
+    params = read_kv_params(config.model, model, parallel)
+    if params is not None and parallel.rank == 0:
+        log.info("The KV cache is scaled by head, as %s in the model's folder says", FILE_NAME)
+    return params
 
 
 def allocate(shape: KVShape, num_slots: int, device: torch.device) -> list[KVCache]:
@@ -54,15 +77,24 @@ def allocate(shape: KVShape, num_slots: int, device: torch.device) -> list[KVCac
         packed = (*size[:2], shape.head_dim * shape.bits // 8)
         return make(packed, dtype=torch.uint8, device=device)
 
-    def params() -> torch.Tensor | None:
+    def params(layer: int, which: int) -> torch.Tensor | None:
         if not shape.quant_policy:
             return None
-        size = (shape.num_kv_heads, num_slots, 2)
-        return make(size, dtype=torch.float16, device=device)
+        if shape.static_params is None:
+            size = (shape.num_kv_heads, num_slots, 2)
+            return make(size, dtype=torch.float16, device=device)
+        by_head = shape.static_params[layer, which].clone()  # [heads, 2]
+        # The same range in as many steps as there are.
+        by_head[:, 0] *= (2**BITS - 1) / (2**shape.bits - 1)
+        by_head[:, 0].clamp_(min=1e-7)  # less is 0 in float16
+        half = by_head.half().to(device)
+        return half.unsqueeze(1).expand(-1, num_slots, -1)
 
     bits = shape.quant_policy or 16
+    static = shape.static_params is not None
     return [
-        KVCache(pool(), pool(), bits, params(), params()) for _ in range(shape.num_layers)
+        KVCache(pool(), pool(), bits, params(layer, 0), params(layer, 1), static)
+        for layer in range(shape.num_layers)
     ]
 
 
