@@ -104,13 +104,13 @@ class BlockModel:
         Causal attention within each of the B sequences, from position 0.
         """
         batch, length, size = hidden.shape
+        # A copy, because a kernel may write the sum with the residual over the residual.
+        flat = hidden.reshape(-1, size).to(self.device, copy=True)
         metadata = contiguous_metadata(batch, length, self.device)
         slots = batch * padded(length)
         shape = (block.self_attn.num_kv_heads, slots, self.config.head_dim)
-        cache = KVCache(*(hidden.new_empty(shape) for _ in range(2)))
+        cache = KVCache(flat.new_empty(shape), flat.new_empty(shape))
         cos, sin = self._rotary(torch.arange(length, device=self.device).repeat(batch))
-        # A copy, because a kernel may write the sum with the residual over the residual.
-        flat = hidden.reshape(-1, size).clone()
         output, residual = block(flat, None, cos, sin, cache, metadata)
         self._last = cache, residual.view(hidden.shape)
         return (output + residual).view(hidden.shape)
@@ -133,7 +133,7 @@ class BlockModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """What the last block gave, [..., H] -> float32 logits [..., vocab_size]."""
         norm, head = self._head
-        flat = norm(hidden.reshape(-1, hidden.shape[-1]))
+        flat = norm(hidden.reshape(-1, hidden.shape[-1]).to(self.device))
         return head(flat).unflatten(0, hidden.shape[:-1])
 
     def linears(self, block: DecoderLayer) -> dict[str, LinearLayer]:
@@ -272,6 +272,41 @@ class _ObservedMethod(LinearMethod):
         return self.method.apply_gated(layer, x)
 
 
+def in_batches(
+    samples: int, size: int, work: Callable[[slice], None], note: Callable[[str], None]
+) -> int:
+    """Do `work` on all samples in order, at most `size` at a time; fewer if memory runs out.
+
+    What `work` had done of a batch when memory ran out must not count: it is called again for the
+    same samples.
+
+    Args:
+        note: told when the batch is made smaller.
+
+    Returns:
+        The size that fitted.
+
+    Raises:
+        UserError: one sample alone does not fit.
+    """
+    start = 0
+    while start < samples:
+        try:
+            work(slice(start, min(start + size, samples)))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise UserError(
+                    "The GPU's memory does not hold one block of this model and one sample.",
+                    "Use shorter samples (--calib-seqlen), or free the GPU's memory.",
+                ) from None
+            size = max(size // 2, 1)
+            note(f"The GPU's memory ran out; going on with {size} samples at a time.")
+            torch.cuda.empty_cache()
+            continue
+        start += size
+    return size
+
+
 class HiddenStore:
     """Hidden states [samples, S, H] between blocks: in memory up to a bound, the rest on disk.
 
@@ -282,7 +317,7 @@ class HiddenStore:
     Args:
         shape: (samples, S, H).
         dtype: of the hidden states.
-        device: where the samples in memory lie and where those read are brought.
+        device: where the samples in memory lie, and where those read are brought.
         memory_bytes: how much of them may lie there.
         folder: where the file is made if they are more; by default the system's for such files.
 
@@ -324,11 +359,6 @@ class HiddenStore:
         memory, disk = self._parts(samples)
         memory.copy_(hidden[: len(memory)])
         disk.copy_(hidden[len(memory) :])
-
-    def batches(self, size: int) -> Iterator[slice]:
-        """The samples in order, `size` at a time; the last may be fewer."""
-        for start in range(0, self.samples, size):
-            yield slice(start, min(start + size, self.samples))
 
     def _parts(self, samples: slice) -> tuple[Tensor, Tensor]:
         start, stop, step = samples.indices(self.samples)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from backend.errors import UserError
 from backend.layers.norm import RMSNorm
 from backend.models.decoder import scale_groups
-from quantize.blocks import BlockModel, HiddenStore, linears, observed_inputs
+from quantize.blocks import BlockModel, HiddenStore, in_batches, linears, observed_inputs
 from tests.parity.test_logits import CPU, ids_of, paged_logits
 from tests.tiny_model import FAMILIES, make_checkpoint
 
@@ -143,10 +143,10 @@ def test_hidden_store(tmp_path, in_memory, dtype):
     store = HiddenStore((7, 4, 8), dtype, CPU, in_memory * values[0].nbytes, tmp_path)
     assert len(store) == 7 and store.in_memory == in_memory
     assert not list(tmp_path.iterdir())  # the file has no name
-    for batch in store.batches(2):
-        store[batch] = values[batch]
-    for batch in store.batches(3):
-        assert torch.equal(store[batch], values[batch])
+    for start in range(0, 7, 2):
+        store[start : start + 2] = values[start : start + 2]
+    for start in range(0, 7, 3):
+        assert torch.equal(store[start : start + 3], values[start : start + 3])
     read = store[0:7]
     read.zero_()
     assert torch.equal(store[0:7], values)
@@ -156,3 +156,24 @@ def test_hidden_store_without_room(tmp_path):
     with pytest.raises(UserError, match="no room"):
         HiddenStore((1 << 20, 1 << 20, 1 << 12), torch.float32, CPU, 0, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_batches_shrink_when_memory_runs_out():
+    done, notes = [], []
+
+    def work(batch: slice) -> None:
+        if batch.stop - batch.start > 2:
+            raise torch.OutOfMemoryError("full")
+        done.extend(range(batch.start, batch.stop))
+
+    assert in_batches(7, 5, work, notes.append) == 2
+    assert done == list(range(7))
+    assert len(notes) == 1 and "2 samples" in notes[0]
+
+
+def test_one_sample_that_does_not_fit():
+    def work(batch: slice) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(UserError, match="one sample"):
+        in_batches(4, 2, work, lambda text: None)
