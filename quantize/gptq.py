@@ -1,0 +1,54 @@
+"""GPTQ's rounding (Frantar et al. 2022): what a column lost by rounding, later columns make up for.
+
+Scales and zero points are given (the search of `quantize.awq` found them); only which neighbour an
+element is rounded to changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantize.rtn import GroupFormat, GroupQuantized
+
+DAMPING = 0.01  # of H's mean diagonal, added to it: GPTQ's
+COLUMNS = 128  # handled together before the rest of the matrix hears of their errors
+
+
+def round_compensated(
+    weight: Tensor, gram: Tensor, nearest: GroupQuantized, form: GroupFormat
+) -> GroupQuantized:
+    """weight float32 [N, K] in the groups of `nearest`; gram float32 [K, K] = mean(x xᵀ).
+
+    A row that would come out with a larger error than `nearest`'s keeps that.
+    """
+    columns = weight.shape[1]
+    damped = gram.clone()
+    damped.diagonal().add_(DAMPING * float(gram.diagonal().mean()) + 1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    left = weight.clone()
+    q = torch.empty_like(nearest.q)
+    scales, zeros = nearest.scales.float(), nearest.zeros.float()
+    for start in range(0, columns, COLUMNS):
+        stop = min(start + COLUMNS, columns)
+        errors = torch.empty(weight.shape[0], stop - start, device=weight.device)
+        for column in range(start, stop):
+            group = column // form.group_size
+            scale, zero = scales[:, group], zeros[:, group]
+            level = ((left[:, column] / scale).round() + zero).clamp(0, form.levels)
+            q[:, column] = level.to(torch.uint8)
+            error = (left[:, column] - (level - zero) * scale) / factor[column, column]
+            left[:, column:stop] -= error[:, None] * factor[column, column:stop]
+            errors[:, column - start] = error
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    compensated = GroupQuantized(q, nearest.scales, nearest.zeros)
+    keep = _loss(compensated, weight, gram) >= _loss(nearest, weight, gram)
+    return GroupQuantized(
+        torch.where(keep[:, None], nearest.q, q), nearest.scales, nearest.zeros
+    )
+
+
+def _loss(quantized: GroupQuantized, weight: Tensor, gram: Tensor) -> Tensor:
+    error = quantized.dequantize() - weight
+    return ((error @ gram) * error).sum(1)
