@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -10,8 +12,11 @@ from kernels.packing import W8Weight
 from tests.ops.gpu_device import DEVICE, ON_GPU
 
 # gpu_device decides how Triton is imported
-from kernels.gpu import linear, linear_w8  # isort: skip
 from kernels.gpu.few_tokens import Chunks, few_tokens  # isort: skip
+
+# The modules; the package's attributes of these names are the ops.
+linear = importlib.import_module("kernels.gpu.linear")
+linear_w8 = importlib.import_module("kernels.gpu.linear_w8")
 
 # The interpreter takes the bits of bfloat16 operands of `tl.dot` for whole numbers.
 HALVES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
