@@ -63,7 +63,7 @@ class InputMoments:
         """x [T, K] of any float dtype."""
         x = x.float()
         self.gram.addmm_(x.t(), x)
-        self.absmean += x.abs().sum(0)
+        self.absmean += torch.linalg.vector_norm(x, ord=1, dim=0)
         self.tokens += x.shape[0]
 
     def finish(self) -> None:
