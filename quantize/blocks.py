@@ -373,17 +373,14 @@ class HiddenStore:
 def _unnamed_file(count: int, dtype: torch.dtype, folder: str | Path | None) -> Tensor:
     """`count` elements in a mapped file that is gone when the tensor is."""
     size = count * dtype.itemsize
-    descriptor, path = tempfile.mkstemp(prefix="hidden-", dir=folder)
+    folder = folder or tempfile.gettempdir()
     try:
-        # Reserved now: a mapped page that finds the disk full later would kill the process.
-        os.posix_fallocate(descriptor, 0, size)
-        return torch.from_file(path, shared=True, size=count, dtype=dtype)
+        with tempfile.NamedTemporaryFile(prefix="hidden-", dir=folder) as file:
+            # Reserved now: a mapped page that finds the disk full later would kill the process.
+            os.posix_fallocate(file.fileno(), 0, size)
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
     except OSError as error:
         raise UserError(
-            f"There is no room for {size / 1e9:.1f} GB of hidden states in "
-            f"{os.path.dirname(path)}: {error.strerror}.",
+            f"{size / 1e9:.1f} GB of hidden states find no place in {folder}: {error.strerror}.",
             "Free the space, or calibrate with fewer or shorter samples.",
         ) from error
-    finally:
-        os.close(descriptor)
-        os.unlink(path)

@@ -12,6 +12,7 @@ from backend.models.decoder import scale_groups
 from quantize.blocks import BlockModel, HiddenStore, in_batches, linears, observed_inputs
 from tests.parity.test_logits import CPU, ids_of, paged_logits
 from tests.tiny_model import FAMILIES, make_checkpoint
+from tests.unit.test_awq import GROUP, quantize_checkpoint
 
 CASES = {
     **{family: (family, {}) for family in FAMILIES},
@@ -39,6 +40,15 @@ def test_blocks_are_the_model(tmp_path, name):
         torch.testing.assert_close(logits, reference(ids).logits, atol=1e-4, rtol=0)
     whole = paged_logits(tmp_path, ids[1], [70], scattered=True)
     torch.testing.assert_close(logits[1], whole, atol=1e-4, rtol=0)
+
+
+def test_blocks_of_a_quantized_model(tmp_path):
+    make_checkpoint(tmp_path, "llama")
+    quantize_checkpoint(tmp_path, GROUP)
+    ids = ids_of(40)
+    logits = run_all(BlockModel(tmp_path, CPU), ids[None])[0]
+    whole = paged_logits(tmp_path, ids, [40], scattered=False)
+    torch.testing.assert_close(logits, whole, atol=1e-4, rtol=0)
 
 
 def test_one_token(tmp_path):
@@ -152,9 +162,11 @@ def test_hidden_store(tmp_path, in_memory, dtype):
     assert torch.equal(store[0:7], values)
 
 
-def test_hidden_store_without_room(tmp_path):
-    with pytest.raises(UserError, match="no room"):
-        HiddenStore((1 << 20, 1 << 20, 1 << 12), torch.float32, CPU, 0, tmp_path)
+@pytest.mark.parametrize(("samples", "folder"), [(1 << 20, "."), (1, "missing")])
+def test_hidden_store_without_room(tmp_path, samples, folder):
+    shape = (samples, 1 << 20, 1 << 12)
+    with pytest.raises(UserError, match="hidden states find no place in"):
+        HiddenStore(shape, torch.float32, CPU, 0, tmp_path / folder)
     assert not list(tmp_path.iterdir())
 
 
