@@ -1,0 +1,159 @@
+"""Smoothing and rounding to 8 bits: what is stored, what it means, and that the search pays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from backend.models.decoder import DecoderLayer
+from kernels import ops
+from quantize.blocks import BlockModel, linears, observed_inputs
+from quantize.smoothquant import (
+    InputSample,
+    fill_int8,
+    int8_tensors,
+    product_loss,
+    quantize_block,
+    round_rows,
+    search_scale,
+)
+from tests.tiny_model import make_checkpoint
+
+CPU = torch.device("cpu")
+BATCH, LENGTH = 3, 40
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sampled(model: BlockModel, block: DecoderLayer, hidden: Tensor) -> dict[str, InputSample]:
+    total = hidden.shape[0] * hidden.shape[1]
+    samples = {
+        name: InputSample(layer.in_features, total, CPU) for name, layer in linears(block).items()
+    }
+    with observed_inputs(block, lambda name, x: samples[name].add(x)):
+        model.run(block, hidden)
+    return samples
+
+
+def prepared(folder: Path) -> tuple[BlockModel, DecoderLayer, Tensor, dict[str, InputSample]]:
+    model = BlockModel(folder, CPU)
+    block = model.load_block(0)
+    ids = torch.randint(0, 256, (BATCH, LENGTH), generator=torch.Generator().manual_seed(4))
+    hidden = model.embed(ids)
+    return model, block, hidden, sampled(model, block, hidden)
+
+
+def test_rows_in_8_bits():
+    weight = random(6, 40)
+    weight[2] = 0
+    stored = round_rows(weight)
+    assert stored.qweight.dtype == torch.int8 and stored.scales.dtype == torch.float32
+    assert stored.qweight.abs().amax(-1).tolist() == [127, 127, 0, 127, 127, 127]
+    error = stored.qweight * stored.scales[:, None] - weight
+    assert bool((error.abs() <= 0.501 * stored.scales[:, None]).all())
+
+
+def test_a_sample_is_spread_over_all_tokens():
+    sample, x = InputSample(4, 3 * 2000, CPU), random(6000, 4)
+    for part in x.split(700):
+        sample.add(part)
+    assert torch.equal(sample.absmax, x.abs().amax(0))
+    stride = 6000 // 512 | 1
+    assert torch.equal(sample.tokens, x[::stride])
+
+
+def test_the_loss_is_that_of_the_op():
+    weight, tokens, scale = random(24, 32), random(10, 32, seed=1), random(32, seed=2).exp()
+    product = ops.linear_w8(tokens / scale, round_rows(weight * scale), None)
+    expected = float((product - tokens @ weight.t()).square().sum())
+    assert product_loss(weight, tokens, scale) == pytest.approx(expected, rel=1e-3)
+
+
+def test_outliers_are_moved_into_the_weights():
+    weight, tokens = random(48, 64), random(200, 64, seed=1)
+    tokens[:, 5] *= 60
+    weight[:, 5] /= 60
+    sample = InputSample(64, 200, CPU)
+    sample.add(tokens)
+    scale, strength = search_scale(weight, sample)
+    assert strength is not None and float(scale[5]) > 10 * float(scale.median())
+    naive = product_loss(weight, tokens, torch.ones(64))
+    assert product_loss(weight, tokens, scale) < naive / 25
+
+
+def test_no_smoothing_where_it_does_not_help():
+    """Tokens that 8 bits express exactly, weights too."""
+    weight = torch.randint(-127, 128, (8, 16), generator=torch.Generator().manual_seed(0)).float()
+    tokens = torch.randint(-127, 128, (8, 16), generator=torch.Generator().manual_seed(1)).float()
+    weight[:, 0] = tokens[:, 0] = 127
+    sample = InputSample(16, 8, CPU)
+    sample.add(tokens)
+    scale, strength = search_scale(weight, sample)
+    assert strength is None and torch.equal(scale, torch.ones(16))
+
+
+# llama: V's rows smooth the output projection only where each query head has its own.
+@pytest.mark.parametrize(
+    ("family", "overrides", "groups"),
+    [
+        ("llama", dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True), 4),
+        ("qwen2", {}, 3),
+        ("qwen3", {}, 3),
+    ],
+    ids=["llama_mha_biases", "qwen2", "qwen3"],
+)
+def test_smoothing_alone_changes_nothing(tmp_path, family, overrides, groups):
+    """The new norms and weights, not rounded, are the old block; rounded, they are near it."""
+    make_checkpoint(tmp_path, family, **overrides)
+    model, block, hidden, samples = prepared(tmp_path)
+    expected = model.run(block, hidden)
+    before = {name: p.clone() for name, p in block.named_parameters()}
+    smoothed = quantize_block(block, samples, torch.bfloat16)
+    assert len(smoothed.strengths) == groups
+    assert all(torch.equal(p, before[name]) for name, p in block.named_parameters())
+    assert all(norm.dtype == torch.bfloat16 for norm in smoothed.norms.values())
+    fill_int8(block, int8_tensors(block, smoothed))
+    error = (model.run(block, hidden) - expected).norm() / expected.norm()
+    assert 0 < float(error) < 0.05
+
+
+def test_losses_are_of_the_rounded_product(tmp_path):
+    make_checkpoint(tmp_path, "llama")
+    _, block, _, samples = prepared(tmp_path)
+    naive = quantize_block(block, samples, torch.float32, smooth=False)
+    assert naive.strengths == {}
+    layer, tokens = block.self_attn.qkv_proj, samples["self_attn.qkv_proj"].tokens
+    exact = tokens @ layer.weight.t()
+    product = ops.linear_w8(tokens, naive.linears["self_attn.qkv_proj"], None)
+    expected = float((product - exact).square().sum() / exact.square().sum())
+    assert naive.losses["self_attn.qkv_proj"] == pytest.approx(expected, rel=1e-3)
+    smoothed = quantize_block(block, samples, torch.float32)
+    assert all(smoothed.losses[name] <= naive.losses[name] * 1.001 for name in naive.losses)
+
+
+def test_planted_outliers(tmp_path):
+    """Channels of a norm 40 times as large, their weights as much smaller: the same function."""
+    make_checkpoint(tmp_path, "llama")
+    model, block, hidden, _ = prepared(tmp_path)
+    expected = model.run(block, hidden)
+    for norm, layer in (
+        (block.input_layernorm, block.self_attn.qkv_proj),
+        (block.post_attention_layernorm, block.mlp.gate_up_proj),
+    ):
+        norm.weight.data[7:9] *= 40
+        layer.weight.data[:, 7:9] /= 40
+    torch.testing.assert_close(model.run(block, hidden), expected, atol=1e-3, rtol=1e-4)
+    samples = sampled(model, block, hidden)
+    errors = []
+    for smooth in (False, True):
+        made = BlockModel(tmp_path, CPU).load_block(0)
+        made.load_state_dict(block.state_dict())
+        smoothed = quantize_block(made, samples, torch.bfloat16, smooth)
+        fill_int8(made, int8_tensors(made, smoothed))
+        errors.append(float((model.run(made, hidden) - expected).square().mean()))
+    assert errors[1] < errors[0] / 5
