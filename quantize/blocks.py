@@ -136,10 +136,6 @@ class BlockModel:
         flat = norm(hidden.reshape(-1, hidden.shape[-1]).to(self.device))
         return head(flat).unflatten(0, hidden.shape[:-1])
 
-    def linears(self, block: DecoderLayer) -> dict[str, LinearLayer]:
-        """See `linears`."""
-        return linears(block)
-
     def _last_run(self) -> tuple[KVCache, Tensor]:
         if self._last is None:
             raise RuntimeError("no block was run yet")
@@ -293,17 +289,18 @@ def in_batches(
     while start < samples:
         try:
             work(slice(start, min(start + size, samples)))
+            start += size
+            continue
         except torch.OutOfMemoryError:
             if size == 1:
                 raise UserError(
                     "The GPU's memory does not hold one block of this model and one sample.",
                     "Use shorter samples (--calib-seqlen), or free the GPU's memory.",
                 ) from None
-            size = max(size // 2, 1)
-            note(f"The GPU's memory ran out; going on with {size} samples at a time.")
-            torch.cuda.empty_cache()
-            continue
-        start += size
+        # Not within the except: what the error's frames hold is let go of only after it.
+        size = min(size, samples) // 2 or 1
+        note(f"The GPU's memory ran out; going on with {size} sample(s) at a time.")
+        torch.cuda.empty_cache()
     return size
 
 

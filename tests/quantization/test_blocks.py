@@ -180,7 +180,7 @@ def test_batches_shrink_when_memory_runs_out():
 
     assert in_batches(7, 5, work, notes.append) == 2
     assert done == list(range(7))
-    assert len(notes) == 1 and "2 samples" in notes[0]
+    assert len(notes) == 1 and "2 sample(s)" in notes[0]
 
 
 def test_one_sample_that_does_not_fit():
