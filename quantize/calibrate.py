@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from backend.errors import UserError
@@ -324,13 +324,13 @@ def save_stats(stats: CalibrationStats, path: str | Path, overwrite: bool = Fals
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata)
-        with open(partial, "rb+") as file:
+        with open(partial, "wb") as file:
+            file.write(save(tensors, metadata))  # save_file lets nobody but its owner read it
+            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be written: {reason}.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def load_stats(path: str | Path, model_folder: str | Path | None = None) -> CalibrationStats:
