@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from backend.errors import UserError
 from backend.models.decoder import DecoderLayer
+from backend.models.registry import read_model_config
 from kernels import ops
 from quantize.blocks import BlockModel, linears, observed_inputs
+from quantize.calibrate import CalibrationSettings
+from quantize.export import CheckpointWriter
+from quantize.progress import Progress
 from quantize.smoothquant import (
     InputSample,
     fill_int8,
@@ -19,6 +25,7 @@ from quantize.smoothquant import (
     quantize_block,
     round_rows,
     search_scale,
+    smooth_quant,
 )
 from tests.tiny_model import make_checkpoint
 
@@ -157,3 +164,103 @@ def test_planted_outliers(tmp_path):
         fill_int8(made, int8_tensors(made, smoothed))
         errors.append(float((model.run(made, hidden) - expected).square().mean()))
     assert errors[1] < errors[0] / 5
+
+
+def job(source: Path, target: Path, seed: int = 0) -> CheckpointWriter:
+    settings = CalibrationSettings(samples=3, seqlen=40, seed=seed)
+    return smooth_quant(str(source), str(target), settings, CPU, torch.float32, Progress())
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """(Two files of the same tensors may differ: their metadata have no order.)"""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        found.update(load_file(path))
+    return found
+
+
+def same(first: Path, second: Path) -> bool:
+    one, other = tensors_of(first), tensors_of(second)
+    kept = [{p.name: p.read_bytes() for p in f.glob("*.json")} for f in (first, second)]
+    equal = all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    return one.keys() == other.keys() and equal and kept[0] == kept[1]
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    make_checkpoint(tmp_path / "model", "llama")
+    return tmp_path / "model"
+
+
+def test_a_job_writes_lmdeploys_names(source, tmp_path):
+    before = files_of(source)
+    folder = job(source, tmp_path / "int8").publish()
+    assert files_of(source) == before
+    tensors = load_file(folder / "model-00002-of-00003.safetensors")
+    prefix = "model.layers.0.self_attn.k_proj"
+    assert tensors[f"{prefix}.weight"].dtype == torch.int8
+    assert tensors[f"{prefix}.weight"].shape == (32, 64)
+    assert tensors[f"{prefix}.scale"].shape == (32, 1)
+    assert tensors[f"{prefix}.scale"].dtype == torch.float32
+    config = read_model_config(str(folder))
+    assert config.quantization is not None and config.quantization.method == "smooth_quant"
+    plain = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    others = load_file(folder / "model-00001-of-00003.safetensors")
+    assert torch.equal(others["model.embed_tokens.weight"], plain)
+
+
+def test_a_killed_job_goes_on(source, tmp_path, monkeypatch):
+    whole = job(source, tmp_path / "whole").publish()
+    write = CheckpointWriter.write_block
+
+    def killed(writer, index, tensors, losses):
+        if index == 1:
+            raise KeyboardInterrupt
+        write(writer, index, tensors, losses)
+
+    monkeypatch.setattr(CheckpointWriter, "write_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job(source, tmp_path / "int8")
+    with pytest.raises(UserError):
+        read_model_config(str(tmp_path / "int8.partial"))  # no model yet
+    written = []
+
+    def counted(writer, index, tensors, losses):
+        written.append(index)
+        write(writer, index, tensors, losses)
+
+    monkeypatch.setattr(CheckpointWriter, "write_block", counted)
+    assert same(job(source, tmp_path / "int8").publish(), whole)
+    assert written == [1]
+
+
+def test_other_data_are_another_job(source, tmp_path):
+    job(source, tmp_path / "int8")
+    with pytest.raises(UserError, match="another job"):
+        job(source, tmp_path / "int8", seed=1)
+
+
+def test_memory_that_does_not_hold_a_batch(source, tmp_path, monkeypatch, capsys):
+    """A batch that was broken off half way does not count twice."""
+    whole = tensors_of(job(source, tmp_path / "whole").publish())
+    run, failed = BlockModel.run, []
+
+    def run_two_at_most(model, block, hidden):
+        result = run(model, block, hidden[:1])
+        if len(hidden) > 1:
+            failed.append(len(hidden))
+            raise torch.OutOfMemoryError
+        return result
+
+    monkeypatch.setattr(BlockModel, "run", run_two_at_most)
+    folder = job(source, tmp_path / "int8").publish()
+    assert failed == [3]
+    assert "memory ran out" in capsys.readouterr().err
+    for name, tensor in tensors_of(folder).items():
+        # Other batches, other last bits of float32.
+        atol = 1 if tensor.dtype == torch.int8 else 1e-5
+        torch.testing.assert_close(tensor.float(), whole[name].float(), atol=atol, rtol=1e-4)
