@@ -5,6 +5,7 @@ python app.py serve api_server MODEL           the API alone
 python app.py serve gradio http://HOST:PORT    the page over a remote api_server
 python app.py chat MODEL                       in the terminal
 python app.py benchmark profile_generation MODEL   how fast it is; docs/benchmarking.md
+python app.py lite auto_awq MODEL              quantize it, and measure how good it is then
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from backend import config
 from backend.benchmark.commands import add_commands
 from backend.config import EngineConfig, SamplingParams, ServerConfig
 from backend.errors import UserError
+from quantize.commands import add_commands as add_lite_commands
 
 if TYPE_CHECKING:
     from backend.services import Services
 
+COMMANDS = ("run", "serve", "chat", "benchmark", "lite", "-h", "--help")
 BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "demo_model"
 
 
@@ -34,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        return asyncio.run(args.run(args))
+        outcome = args.run(args)
+        return asyncio.run(outcome) if asyncio.iscoroutine(outcome) else outcome
     except UserError as error:
         print(f"lmdesk: {error}", file=sys.stderr)
         return 2
@@ -55,7 +59,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         UserError: an unknown flag, or a value of the wrong kind.
     """
-    if not argv or argv[0] not in ("run", "serve", "chat", "benchmark", "-h", "--help"):
+    if not argv or argv[0] not in COMMANDS:
         argv = ["run", *argv]
     flags = [word.partition("=") for word in argv]
     argv = [
@@ -79,6 +83,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     names = "profile_generation|profile_throughput|profile_restful_api"
     benchmark = commands.add_parser("benchmark", help="how fast a model or a server is")
     add_commands(benchmark.add_subparsers(required=True, metavar=names))
+    lite = commands.add_parser("lite", help="quantize a model, or measure how good one is")
+    names = "calibrate|auto_awq|kv_qparams|evaluate"
+    add_lite_commands(lite.add_subparsers(required=True, metavar=names))
     return parser.parse_args(argv)
 
 

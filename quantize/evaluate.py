@@ -101,7 +101,7 @@ def evaluate(
     tokenizer = Tokenizer.from_folder(model)
     if against is not None:
         _check_same_vocabulary(model, config, tokenizer, against)
-    dtype = _pick_dtype(settings.dtype, device, against or model)
+    dtype = pick_dtype(settings.dtype, device, against or model)
     windows = heldout_windows(
         tokenizer, settings.tokens, min(settings.seqlen, config.max_position_embeddings)
     )
@@ -216,7 +216,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _pick_dtype(name: str, device: torch.device, original: str) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, original: str) -> torch.dtype:
+    """auto is float32 on a CPU, and on a GPU the 16-bit format of the model `original`."""
     if name == "auto":
         stored = read_model_config(original).dtype
         on_gpu = "float16" if stored == "float16" else "bfloat16"

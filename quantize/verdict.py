@@ -65,18 +65,26 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All that was measured. `comparison` and `against` are None for a model judged alone."""
+    """All that was measured. `comparison` and `against` are None for a model judged alone.
+
+    Attributes:
+        text: which text it was measured on.
+        calibration: of a model that was just quantized, which text it was calibrated on.
+        job_seconds: that quantizing it took, this time (a job that goes on has a part behind it).
+    """
 
     passed: bool
     sentence: str
     threshold: float
     tokens: int
     documents: int
-    text: str  # which text it was measured on, and what else there is to know of it
+    text: str
     prompts: tuple[str, ...]
     model: Measured
     against: Measured | None = None
     comparison: Comparison | None = None
+    calibration: str = ""
+    job_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: NaN and infinity, which it does not have, are None."""
@@ -118,6 +126,8 @@ class Verdict:
                 f"{'same top token':16}  {100 * c.top1_agreement:.2f} %",
             ]
         lines.append(f"{'text':16}  {self.text}")
+        if self.job_seconds is not None:
+            lines.append(f"{'quantized in':16}  {duration(self.job_seconds)}. {self.calibration}")
         for index, prompt in enumerate(self.prompts):
             lines += ["", f"> {prompt}"]
             for m in models:

@@ -1,0 +1,236 @@
+"""What the `lite` commands do: check, work, judge, and only then give the result its name."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+
+import torch
+
+from backend.errors import UserError
+from backend.models.registry import read_model_config
+from backend.tokenizer import Tokenizer
+from quantize import preflight
+from quantize.auto_awq import auto_awq as quantize_awq
+from quantize.awq import SearchSettings
+from quantize.calibrate import (
+    STATS_FILE,
+    CalibrationSettings,
+    calibrate as observe_model,
+    load_stats,
+    save_stats,
+)
+from quantize.data import Samples, load_samples
+from quantize.evaluate import (
+    EvaluationSettings,
+    evaluate as evaluate_model,
+    pick_device,
+    pick_dtype,
+)
+from quantize.export import CheckpointWriter
+from quantize.kv_qparams import write_kv_qparams
+from quantize.preflight import Source
+from quantize.progress import Progress, duration
+from quantize.rtn import GroupFormat
+
+Command = Callable[[argparse.Namespace, Progress], int]
+
+
+def command(run: Command) -> Callable[[argparse.Namespace], int]:
+    """A command of the command line: an error that ends it is an event of its progress, too."""
+
+    @wraps(run)
+    def told(args: argparse.Namespace) -> int:
+        progress = Progress(args.progress)
+        try:
+            return run(args, progress)
+        except torch.OutOfMemoryError as error:
+            told_so = UserError(
+                "The GPU's memory is not enough, even for one window of text at a time.",
+                "Use a smaller --calib-seqlen or --eval-seqlen, or end what else runs there.",
+            )
+            progress.error(told_so)
+            raise told_so from error
+        except UserError as error:
+            progress.error(error)
+            raise
+
+    return told
+
+
+@command
+def calibrate(args: argparse.Namespace, progress: Progress) -> int:
+    """Stats of the model's inputs, keys and values, into the work folder."""
+    folder = target_folder(args, "stats")
+    path = os.path.join(folder, STATS_FILE)
+    if os.path.exists(path) and not args.overwrite:
+        raise UserError(
+            f"{path} is there already.", "Give --overwrite to replace it, or another --work-dir."
+        )
+    source = preflight.check_source(args.model)
+    # Other files in that folder are left alone.
+    preflight.check_target(folder, args.model, overwrite=True)
+    _check_memory(args, source)
+    preflight.check_finite(source, progress)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device, args.model)
+    settings = calibration_settings(args)
+    stats = observe_model(args.model, settings, device, dtype, progress)
+    save_stats(stats, path, args.overwrite)
+    progress.result(
+        {"path": path, "note": stats.info.note, "seconds": progress.elapsed()},
+        f"{path}: {args.calib_samples} windows of {args.calib_seqlen} tokens in "
+        f"{duration(progress.elapsed())}. {stats.info.note}",
+    )
+    return 0
+
+
+@command
+def auto_awq(args: argparse.Namespace, progress: Progress) -> int:
+    """A 4-bit AWQ checkpoint; exit code 1 if its verdict is that it failed."""
+    target = target_folder(args, "awq")
+    source = preflight.check_source(args.model)
+    preflight.check_group_size(source, args.w_group_size)
+    # Each group has a scale of 16 bits and a zero of 4.
+    bits = args.w_bits + (16 + 4) / args.w_group_size
+    device, dtype, samples = _prepare(args, source, target, bits, progress)
+    writer = quantize_awq(
+        args.model,
+        target,
+        samples,
+        SearchSettings(
+            GroupFormat(args.w_bits, args.w_group_size, args.w_sym),
+            scale=args.search_scale,
+            clip=args.search_clip,
+            compensate=args.gptq,
+        ),
+        device,
+        dtype,
+        progress,
+        batch_size=args.batch_size,
+        overwrite=args.overwrite,
+    )
+    return judge_and_publish(writer, args, samples.note, progress)
+
+
+def judge_and_publish(
+    writer: CheckpointWriter, args: argparse.Namespace, note: str, progress: Progress
+) -> int:
+    """Measure a finished checkpoint, then give it its name: NAME, or NAME.failed."""
+    seconds = progress.elapsed()
+    verdict = evaluate_model(str(writer.folder), args.model, evaluation_settings(args), progress)
+    name = writer.target.name if verdict.passed else free_name(f"{writer.target}.failed")
+    folder = str(writer.target.with_name(name))
+    verdict = replace(
+        verdict,
+        model=replace(verdict.model, model=folder),
+        calibration=note,
+        job_seconds=seconds,
+    )
+    verdict.write(str(writer.folder))
+    writer.publish(name)
+    progress.result(
+        {"path": folder, "verdict": verdict.as_dict()}, f"{verdict.table()}\n{folder}"
+    )
+    return 0 if verdict.passed else 1
+
+
+def free_name(path: str) -> str:
+    """The last part of `path`, with a number behind it if that is taken."""
+    number = 1
+    while os.path.lexists(path if number == 1 else f"{path}-{number}"):
+        number += 1
+    return os.path.basename(path if number == 1 else f"{path}-{number}")
+
+
+@command
+def kv_qparams(args: argparse.Namespace, progress: Progress) -> int:
+    """Scales of an int8 KV cache from a calibration, into the model's folder."""
+    stats = load_stats(args.stats)
+    config = read_model_config(args.model)
+    seen = (stats.info.num_blocks, *stats.keys(0).min.shape)
+    if seen != (config.num_layers, config.num_kv_heads, config.head_dim):
+        raise UserError(
+            f"The calibration in {args.stats} is of a model of another shape than {args.model}.",
+            "Run lite calibrate for this model, or for the one that it was quantized from.",
+        )
+    layers = range(stats.info.num_blocks)
+    path = write_kv_qparams(
+        args.model,
+        [(stats.keys(i).min, stats.keys(i).max) for i in layers],
+        [(stats.values(i).min, stats.values(i).max) for i in layers],
+        symmetric=args.kv_sym,
+        num_tp=args.num_tp,
+        overwrite=args.overwrite,
+    )
+    progress.result(
+        {"path": str(path)}, f"{path}: used by --quant-policy 8 from now on. {stats.info.note}"
+    )
+    return 0
+
+
+@command
+def evaluate(args: argparse.Namespace, progress: Progress) -> int:
+    """Held-out text; exit code 1 if the model has failed."""
+    verdict = evaluate_model(args.model, args.against, evaluation_settings(args), progress)
+    progress.result({"verdict": verdict.as_dict()}, verdict.table())
+    return 0 if verdict.passed else 1
+
+
+def target_folder(args: argparse.Namespace, suffix: str) -> str:
+    """--work-dir, or a folder in the current one that has the model's name and a suffix."""
+    name = os.path.basename(os.path.abspath(os.path.expanduser(args.model)))
+    return os.path.abspath(os.path.expanduser(args.work_dir or f"{name}-{suffix}"))
+
+
+def calibration_settings(args: argparse.Namespace) -> CalibrationSettings:
+    """What the flags say of the text to calibrate on."""
+    return CalibrationSettings(
+        dataset=args.calib_dataset,
+        samples=args.calib_samples,
+        seqlen=args.calib_seqlen,
+        seed=args.seed,
+        strict=args.strict_dataset,
+        batch_size=args.batch_size,
+    )
+
+
+def evaluation_settings(args: argparse.Namespace) -> EvaluationSettings:
+    """What the flags say of the verdict."""
+    return EvaluationSettings(
+        tokens=args.eval_tokens,
+        seqlen=getattr(args, "eval_seqlen", EvaluationSettings.seqlen),
+        threshold=args.threshold,
+        device=args.device,
+        dtype=args.dtype,
+    )
+
+
+def _prepare(
+    args: argparse.Namespace, source: Source, target: str, bits: float, progress: Progress
+) -> tuple[torch.device, torch.dtype, Samples]:
+    """All that is checked before work on a checkpoint of `bits` a weight, and its text."""
+    preflight.check_target(target, args.model, args.overwrite)
+    preflight.check_space(target, source.bytes_of(bits))
+    _check_memory(args, source)
+    samples = load_samples(
+        args.calib_dataset,
+        Tokenizer.from_folder(args.model),
+        args.calib_samples,
+        args.calib_seqlen,
+        seed=args.seed,
+        strict=args.strict_dataset,
+    )
+    progress.note(samples.note)
+    preflight.check_finite(source, progress)
+    device = pick_device(args.device)
+    return device, pick_dtype(args.dtype, device, args.model), samples
+
+
+def _check_memory(args: argparse.Namespace, source: Source) -> None:
+    """One block has to fit, with one window of tokens: batches shrink by themselves."""
+    needed = preflight.memory_needed(source.config, max(args.batch_size, 1) * args.calib_seqlen)
+    preflight.check_memory(pick_device(args.device), needed)
