@@ -9,22 +9,23 @@ error of the very product that will be computed, and no smoothing at all is trie
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from backend.errors import UserError
 from backend.layers.linear import LinearLayer
 from backend.layers.methods.smoothquant import SmoothQuantMethod
 from backend.layers.norm import RMSNorm
 from backend.models.decoder import DecoderLayer, scale_groups
-from backend.tokenizer import Tokenizer
 from kernels.packing import W8Weight
 from quantize.awq import realisable
 from quantize.blocks import BlockModel, HiddenStore, in_batches, linears, observed_inputs
-from quantize.calibrate import CalibrationSettings, embed_samples
-from quantize.data import load_samples
+from quantize.calibrate import embed_samples
+from quantize.data import Samples
 from quantize.export import CheckpointWriter, stored_parts
 from quantize.progress import Progress
 
@@ -244,54 +245,77 @@ def _float_weight(layer: LinearLayer) -> Tensor:
 def smooth_quant(
     source: str,
     target: str,
-    calibration: CalibrationSettings,
+    samples: Samples,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
+    *,
+    batch_size: int = 0,
     overwrite: bool = False,
+    spill_folder: str | None = None,
 ) -> CheckpointWriter:
-    """Quantize the model in folder `source`; a job that was killed goes on at its last block.
+    """Quantize the model in `source`, which is only read; a killed job goes on at its last block.
 
     Each block is observed with what the quantized blocks before it give, and its own quantized
     outputs go on to the next.
 
     Args:
-        target: folder of the result, which is complete but not yet called so: its writer's
-            `folder` is for judging it, `publish` gives it the name.
-        device: where blocks run.
-        dtype: that activations are computed in.
-        overwrite: see CheckpointWriter.
+        target: the result's folder; it is not there before `publish`.
+        samples: what is calibrated on.
+        device: where blocks are run and searched.
+        dtype: that blocks are run in: the model's own, or float32.
+        progress: told each block and its mean relative loss.
+        batch_size: samples at a time; 0 takes what is usual, and less where memory ends.
+        overwrite: replace what is there.
+        spill_folder: where hidden states go that memory does not hold.
+
+    Returns:
+        The finished checkpoint, which can be judged at `folder`, and then published.
 
     Raises:
-        UserError: as BlockModel, load_samples, CheckpointWriter.
+        UserError: source, target or samples cannot be used, or memory does not suffice.
     """
-    samples = load_samples(
-        calibration.dataset, Tokenizer.from_folder(source), calibration.samples,
-        calibration.seqlen, seed=calibration.seed, strict=calibration.strict,
-    )  # fmt: skip
-    progress.note(samples.note)
     model = BlockModel(source, device, dtype)
+    if model.config.quantization is not None:
+        raise UserError(
+            f"{source} is quantized already.",
+            "Name the float16 or bfloat16 model that it was made of.",
+            field="model",
+        )
     job = {
-        "command": "smooth_quant", "dataset": samples.source, "samples": calibration.samples,
-        "seqlen": calibration.seqlen, "seed": calibration.seed, "dtype": str(dtype),
-    }  # fmt: skip
+        "method": "smooth_quant",
+        "samples": list(samples.ids.shape),
+        "ids": hashlib.sha256(samples.ids.numpy().tobytes()).hexdigest(),
+        "source": samples.source,
+        "note": samples.note,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     writer = CheckpointWriter(source, target, QUANTIZATION_CONFIG, job, overwrite)
-    hidden, size = embed_samples(model, samples.ids, progress.note, calibration.batch_size)
+    hidden, size = embed_samples(model, samples.ids, progress.note, batch_size, spill_folder)
     stored_dtype: torch.dtype = getattr(torch, model.config.dtype)
-    progress.stage("quantize", model.num_blocks)
+    done = 0
+    while done < model.num_blocks and writer.finished(done) is not None:
+        done += 1
+    if done:
+        progress.note(f"Going on after block {done}: an earlier run finished the ones before.")
+    progress.stage("quantize", model.num_blocks, done)
     for index in range(model.num_blocks):
         block = model.load_block(index)
-        finished = writer.finished(index)
+        finished = writer.finished(index) if index < done else None
         if finished is None:
             inputs, size = _sample_inputs(model, block, hidden, size, progress)
             smoothed = quantize_block(block, inputs, stored_dtype)
             finished = int8_tensors(block, smoothed), smoothed.losses
+            del inputs, smoothed
             writer.write_block(index, *finished)
         tensors, losses = finished
         fill_int8(block, tensors)
         if index + 1 < model.num_blocks:
             size = _propagate(model, block, hidden, size, progress)
-        progress.step(loss=max(losses.values()))
+        del block  # before the next one is loaded
+        if index >= done:
+            progress.step(loss=sum(losses.values()) / len(losses))
     writer.finish()
     return writer
 
@@ -314,7 +338,16 @@ def _sample_inputs(
         for name, x in seen.items():
             samples[name].add(x)
 
-    return samples, in_batches(len(hidden), size, work, progress.note)
+    size = in_batches(len(hidden), size, work, progress.note)
+    for name, sample in samples.items():
+        if not bool(torch.isfinite(sample.absmax).all()):
+            raise UserError(
+                f"The inputs of {name} grow beyond what "
+                f"{str(model.dtype).removeprefix('torch.')} holds.",
+                "Use --dtype bfloat16 or float32.",
+                field="dtype",
+            )
+    return samples, size
 
 
 def _propagate(

@@ -21,7 +21,8 @@ from backend.errors import UserError
 from backend.layers.parallel import ParallelContext
 from backend.models.loader import build_model, check_dtype, load_model
 from backend.models.registry import read_model_config
-from quantize.calibrate import CalibrationSettings
+from backend.tokenizer import Tokenizer
+from quantize.data import load_samples
 from quantize.progress import Progress
 from quantize.smoothquant import smooth_quant
 from tests.parity.test_logits import ids_of, paged_logits
@@ -41,8 +42,8 @@ CASES = {
 
 
 def quantized(source: Path, target: Path, samples: int = 4, seqlen: int = 48) -> Path:
-    settings = CalibrationSettings(samples=samples, seqlen=seqlen)
-    writer = smooth_quant(str(source), str(target), settings, CPU, torch.float32, Progress())
+    text = load_samples("bundled", Tokenizer.from_folder(source), samples, seqlen)
+    writer = smooth_quant(str(source), str(target), text, CPU, torch.float32, Progress())
     return writer.publish()
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from backend.errors import UserError
 from backend.models.decoder import DecoderLayer
 from backend.models.registry import read_model_config
+from backend.tokenizer import Tokenizer
 from kernels import ops
 from quantize.blocks import BlockModel, linears, observed_inputs
-from quantize.calibrate import CalibrationSettings
+from quantize.data import load_samples
 from quantize.export import CheckpointWriter
 from quantize.progress import Progress
 from quantize.smoothquant import (
@@ -167,8 +168,8 @@ def test_planted_outliers(tmp_path):
 
 
 def job(source: Path, target: Path, seed: int = 0) -> CheckpointWriter:
-    settings = CalibrationSettings(samples=3, seqlen=40, seed=seed)
-    return smooth_quant(str(source), str(target), settings, CPU, torch.float32, Progress())
+    samples = load_samples("bundled", Tokenizer.from_folder(source), 3, 40, seed=seed)
+    return smooth_quant(str(source), str(target), samples, CPU, torch.float32, Progress())
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -264,3 +265,21 @@ def test_memory_that_does_not_hold_a_batch(source, tmp_path, monkeypatch, capsys
         # Other batches, other last bits of float32.
         atol = 1 if tensor.dtype == torch.int8 else 1e-5
         torch.testing.assert_close(tensor.float(), whole[name].float(), atol=atol, rtol=1e-4)
+
+
+def test_what_cannot_be_quantized(source, tmp_path):
+    folder = job(source, tmp_path / "int8").publish()
+    with pytest.raises(UserError, match="quantized already"):
+        job(folder, tmp_path / "twice")
+
+
+def test_inputs_that_are_no_numbers(source, tmp_path, monkeypatch):
+    run = BlockModel.run
+
+    def overflowing(model, block, hidden):
+        block.input_layernorm.weight.data[3] = torch.inf
+        return run(model, block, hidden)
+
+    monkeypatch.setattr(BlockModel, "run", overflowing)
+    with pytest.raises(UserError, match="qkv_proj grow beyond what float32 holds"):
+        job(source, tmp_path / "int8")
