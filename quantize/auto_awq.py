@@ -81,27 +81,24 @@ def auto_awq(
     del first
     writer = CheckpointWriter(source, target, awq_config(form), job, overwrite)
     hidden, size = embed_samples(model, samples.ids, progress.note, batch_size, spill_folder)
-    done = 0
-    while done < model.num_blocks and writer.finished(done) is not None:
-        done += 1
+    done = writer.blocks_done()
     if done:
         progress.note(f"Going on after block {done}: an earlier run finished the ones before.")
     progress.stage("quantize", model.num_blocks, done)
     for index in range(model.num_blocks):
         block = model.load_block(index)
-        finished = writer.finished(index) if index < done else None
-        if finished is None:
+        tensors = writer.finished(index) if index < done else None
+        if tensors is None:
             moments, size = observe_moments(model, block, hidden, size, progress)
             tensors, losses = _quantize(model, block, moments, settings)
             del moments
             writer.write_block(index, tensors, losses)
-        else:
-            tensors, losses = finished
         fill_awq(block, tensors)
         if index + 1 < model.num_blocks:
             size = _propagate(model, block, hidden, size, progress)
         del block  # before the next one is loaded
         if index >= done:
+            losses = writer.losses[str(index)]
             progress.step(loss=sum(losses.values()) / len(losses))
     writer.finish()
     return writer

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from backend.errors import UserError
@@ -59,6 +59,7 @@ class CheckpointWriter:
 
     Attributes:
         folder: NAME.partial.
+        losses: what each finished block's linears lost, by block and by name in it.
 
     Raises:
         UserError: `target` exists or cannot be written, or NAME.partial is of another job.
@@ -81,13 +82,13 @@ class CheckpointWriter:
         self.shards = self.config.num_layers + 1
         self.overwrite = overwrite
         self.job = {**job, "model": fingerprint(source)}
+        self.losses: dict[str, dict[str, float]] = {}  # of the blocks that are finished
         self._open()
 
     def _open(self) -> None:
-        path = self.folder / JOB
         try:
             if self._is_own():
-                if self._written_job() == self.job:
+                if self._continues():
                     return
                 if not self.overwrite:
                     raise UserError(
@@ -98,7 +99,7 @@ class CheckpointWriter:
                     )
                 self._empty()
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_json(path, self.job)
+            self._write_job()
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
@@ -117,12 +118,20 @@ class CheckpointWriter:
             field="work_dir",
         )
 
-    def _written_job(self) -> dict[str, Any] | None:
+    def _continues(self) -> bool:
+        """Whether the partial result is of this very job; if so, what it says is taken over."""
         try:
             written = json.loads((self.folder / JOB).read_text(encoding="utf-8"))
-        except ValueError:
-            return None
-        return {key: value for key, value in written.items() if key != "losses"}
+            losses = written.pop("losses")
+        except (ValueError, KeyError, AttributeError):
+            return False
+        if written != self.job:
+            return False
+        self.losses = losses
+        return True
+
+    def _write_job(self) -> None:
+        _write_json(self.folder / JOB, {**self.job, "losses": self.losses})
 
     def _empty(self) -> None:
         """Remove what an earlier job wrote, the file that says whose it is last."""
@@ -139,16 +148,21 @@ class CheckpointWriter:
     def _shard(self, number: int) -> Path:
         return self.folder / f"model-{number:05d}-of-{self.shards:05d}.safetensors"
 
-    def finished(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-        """(tensors, losses) of a block that an earlier run wrote; None if it did not."""
+    def blocks_done(self) -> int:
+        """How many blocks, from the first on, are finished."""
+        return next(
+            index for index in range(self.shards)
+            if index == self.config.num_layers or not self._shard(index + 2).exists()
+        )
+
+    def finished(self, index: int) -> dict[str, Tensor] | None:
+        """The tensors of a block that an earlier run wrote; None if it did not."""
         path = self._shard(index + 2)
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                losses = json.loads((file.metadata() or {}).get("losses", "{}"))
-                return {name: file.get_tensor(name) for name in file.keys()}, losses
-        except (OSError, SafetensorError, ValueError) as error:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{path} cannot be read: {error}.",
                 "Give --overwrite to begin anew.",
@@ -159,16 +173,20 @@ class CheckpointWriter:
         self, index: int, tensors: Mapping[str, Tensor], losses: Mapping[str, float]
     ) -> None:
         """One finished block: its tensors by their names in the checkpoint, and what it lost."""
-        self._write_shard(index + 2, tensors, {"losses": json.dumps(dict(losses))})
+        self.losses[str(index)] = dict(losses)
+        try:
+            self._write_job()  # first: a shard that is there is finished in every respect
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        self._write_shard(index + 2, tensors)
 
-    def _write_shard(
-        self, number: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-    ) -> None:
+    def _write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         path = self._shard(number)
         draft = path.with_suffix(".tmp")
         ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(ready, draft, metadata={"format": "pt", **metadata})
+            # More metadata than one entry would be written in a random order.
+            save_file(ready, draft, metadata={"format": "pt"})
             os.chmod(draft, 0o644)  # safetensors lets nobody but its owner read a file
             _replace(draft, path)
         except (OSError, SafetensorError) as error:
@@ -177,7 +195,7 @@ class CheckpointWriter:
     def finish(self) -> Path:
         """Write all that is not a block's: a whole checkpoint, in the partial folder still."""
         if not self._shard(1).exists():
-            self._write_shard(1, dict(self._others()), {})
+            self._write_shard(1, dict(self._others()))
         try:
             self._write_index()
             for name in sorted(os.listdir(self.source)):
@@ -211,17 +229,15 @@ class CheckpointWriter:
 
     def _write_index(self) -> None:
         weight_map: dict[str, str] = {}
-        losses, size = {}, 0
+        size = 0
         for number in range(1, self.shards + 1):
             path = self._shard(number)
             with safe_open(path, framework="pt", device="cpu") as file:
-                weight_map.update(dict.fromkeys(file.keys(), path.name))
-                size += sum(file.get_tensor(name).nbytes for name in file.keys())
-                if number > 1:
-                    losses[number - 2] = json.loads((file.metadata() or {})["losses"])
+                for name in file.keys():
+                    weight_map[name] = path.name
+                    size += file.get_tensor(name).nbytes
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(self.folder / "model.safetensors.index.json", index)
-        _write_json(self.folder / JOB, {**self.job, "losses": losses})
 
     def publish(self, name: str | None = None) -> Path:
         """Give the finished checkpoint its name; only now is a folder in its place replaced.
