@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     benchmark = commands.add_parser("benchmark", help="how fast a model or a server is")
     add_commands(benchmark.add_subparsers(required=True, metavar=names))
     lite = commands.add_parser("lite", help="quantize a model, or measure how good one is")
-    names = "calibrate|auto_awq|kv_qparams|evaluate"
+    names = "calibrate|auto_awq|smooth_quant|kv_qparams|evaluate"
     add_lite_commands(lite.add_subparsers(required=True, metavar=names))
     return parser.parse_args(argv)
 

@@ -29,6 +29,12 @@ def add_commands(group: Any) -> None:
     _device(sub)
     _verdict(sub)
 
+    sub = _command(group, "smooth_quant", "weights and tokens in 8 bits (W8A8)", _smooth_quant)
+    _model(sub, "./NAME-w8a8")
+    _calibration(sub)
+    _device(sub)
+    _verdict(sub)
+
     text = "scales of an int8 KV cache, from a calibration"
     sub = _command(group, "kv_qparams", text, _kv_qparams)
     sub.add_argument("stats", metavar="WORK_DIR", help="--work-dir of lite calibrate")
@@ -122,6 +128,12 @@ def _auto_awq(args: argparse.Namespace) -> int:
     from quantize.lite import auto_awq
 
     return auto_awq(args)
+
+
+def _smooth_quant(args: argparse.Namespace) -> int:
+    from quantize.lite import smooth_quant
+
+    return smooth_quant(args)
 
 
 def _kv_qparams(args: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ from quantize.kv_qparams import write_kv_qparams
 from quantize.preflight import Source
 from quantize.progress import Progress, duration
 from quantize.rtn import GroupFormat
+from quantize.smoothquant import smooth_quant as quantize_int8
 
 Command = Callable[[argparse.Namespace, Progress], int]
 
@@ -113,11 +114,30 @@ def auto_awq(args: argparse.Namespace, progress: Progress) -> int:
         batch_size=args.batch_size,
         overwrite=args.overwrite,
     )
-    return judge_and_publish(writer, args, samples.note, progress)
+    return judge_and_publish(writer, args, progress)
+
+
+@command
+def smooth_quant(args: argparse.Namespace, progress: Progress) -> int:
+    """A checkpoint with 8-bit weights; exit code 1 if its verdict is that it failed."""
+    target = target_folder(args, "w8a8")
+    source = preflight.check_source(args.model)
+    device, dtype, samples = _prepare(args, source, target, 8, progress)
+    writer = quantize_int8(
+        args.model,
+        target,
+        samples,
+        device,
+        dtype,
+        progress,
+        batch_size=args.batch_size,
+        overwrite=args.overwrite,
+    )
+    return judge_and_publish(writer, args, progress)
 
 
 def judge_and_publish(
-    writer: CheckpointWriter, args: argparse.Namespace, note: str, progress: Progress
+    writer: CheckpointWriter, args: argparse.Namespace, progress: Progress
 ) -> int:
     """Measure a finished checkpoint, then give it its name: NAME, or NAME.failed."""
     seconds = progress.elapsed()
@@ -127,7 +147,7 @@ def judge_and_publish(
     verdict = replace(
         verdict,
         model=replace(verdict.model, model=folder),
-        calibration=note,
+        notes=tuple(progress.notes),
         job_seconds=seconds,
     )
     verdict.write(str(writer.folder))

@@ -30,6 +30,9 @@ class Progress:
         style: "text" writes for people to standard error, "json" events to standard output.
         stream: instead of those.
         clock: seconds from any origin.
+
+    Attributes:
+        notes: all that were given, for whoever keeps them with the result.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Progress:
         self.json = style == "json"
         self._stream = stream or (sys.stdout if self.json else sys.stderr)
         self._clock = clock
+        self.notes: list[str] = []
         self._start = self._stage_start = self._last_line = clock()
         self._stage, self._done, self._total, self._resumed = "", 0, 0, 0
         self._redraw = not self.json and self._stream.isatty()
@@ -82,6 +86,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Something that the user should know, such as that another text was calibrated on."""
+        self.notes.append(text)
         self._event("note", text=text)
         if not self.json:
             self._close_line()

@@ -69,7 +69,7 @@ class Verdict:
 
     Attributes:
         text: which text it was measured on.
-        calibration: of a model that was just quantized, which text it was calibrated on.
+        notes: of the job that made the model, such as which text it was calibrated on.
         job_seconds: that quantizing it took, this time (a job that goes on has a part behind it).
     """
 
@@ -83,7 +83,7 @@ class Verdict:
     model: Measured
     against: Measured | None = None
     comparison: Comparison | None = None
-    calibration: str = ""
+    notes: tuple[str, ...] = ()
     job_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -127,7 +127,8 @@ class Verdict:
             ]
         lines.append(f"{'text':16}  {self.text}")
         if self.job_seconds is not None:
-            lines.append(f"{'quantized in':16}  {duration(self.job_seconds)}. {self.calibration}")
+            lines.append(f"{'quantized in':16}  {duration(self.job_seconds)}")
+        lines += [f"{'note':16}  {note}" for note in self.notes]
         for index, prompt in enumerate(self.prompts):
             lines += ["", f"> {prompt}"]
             for m in models:

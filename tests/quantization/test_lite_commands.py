@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import app
 from backend.errors import UserError
+from quantize import data
 from tests.tiny_model import make_checkpoint
 from tests.unit.test_awq import edit_config, quantize_checkpoint
 
@@ -80,7 +81,7 @@ def test_flags_are_those_of_the_tutorials():
     assert args.strict_dataset and args.overwrite and args.batch_size == 2
     args = app.parse("lite kv_qparams W M --kv-sym True --num-tp 2 --kv-bits 8".split())
     assert (args.stats, args.model, args.kv_sym, args.num_tp) == ("W", "M", True, 2)
-    args = app.parse("lite auto_awq M".split())
+    args = app.parse("lite smooth_quant M --work-dir W".split())
     assert (args.calib_samples, args.calib_seqlen, args.calib_dataset) == (128, 2048, "bundled")
     args = app.parse("lite calibrate M ".split())
     assert args.progress == "text" and not args.overwrite
@@ -105,7 +106,7 @@ def test_mistakes_in_the_command_line(line, sentence):
 
 # Each bad input has its sentence
 
-ALL = ("calibrate", "auto_awq")
+ALL = ("calibrate", "auto_awq", "smooth_quant")
 
 
 @pytest.mark.parametrize("command", ALL)
@@ -130,7 +131,7 @@ def test_auto_awq_writes_judges_and_refuses_to_write_again(here, capfd, refused)
     argv = ["auto_awq", DEMO, "--calib-samples", "8", "--calib-seqlen", "256", "--device", "cpu"]
     assert app.main(["lite", *argv, "--eval-tokens", "4096"]) == 0
     said = capfd.readouterr().out
-    assert "Passed" in said and "Calibrated on the bundled English and Chinese text." in said
+    assert "Passed" in said and "Calibrated on the bundled English" in said
     assert [path.name for path in here.iterdir()] == ["demo_model-awq"]
     verdict = json.loads((here / "demo_model-awq" / "verdict.json").read_text())
     assert verdict["passed"] and verdict["model"]["model"] == str(here / "demo_model-awq")
@@ -140,6 +141,30 @@ def test_auto_awq_writes_judges_and_refuses_to_write_again(here, capfd, refused)
     assert "exists already" in refused(*argv)
     assert "is quantized already" in refused("auto_awq", "demo_model-awq")
     assert bytes_of(app.BUNDLED_MODEL) == before
+
+
+def test_smooth_quant_writes_and_judges(here, capfd):
+    argv = ["smooth_quant", DEMO, "--calib-samples", "4", "--calib-seqlen", "128"]
+    assert app.main(["lite", *argv, "--eval-tokens", "2048", "--device", "cpu"]) == 0
+    assert "Passed" in capfd.readouterr().out
+    verdict = json.loads((here / "demo_model-w8a8" / "verdict.json").read_text())
+    assert verdict["comparison"]["loss"] < 0.05
+    assert verdict["notes"] == ["Calibrated on the bundled English and Chinese text."]
+
+
+def test_a_data_set_out_of_reach_is_told_of_or_refused(here, tiny, capfd, refused, monkeypatch):
+    def unreachable(name: str, characters: int) -> list[str]:
+        raise data.DatasetUnavailable("no network here")
+
+    monkeypatch.setattr(data, "fetch_dataset", unreachable)
+    argv = ["auto_awq", str(tiny), *SMALL, *JUDGED, "--calib-dataset", "c4"]
+    assert "c4 cannot be had here" in refused(*argv, "--strict-dataset")
+    assert list(here.iterdir()) == []
+    assert app.main(["lite", *argv, "--threshold", "100", "--progress", "json"]) == 0
+    told = events(capfd.readouterr().out)
+    note = next(event["text"] for event in told if event["event"] == "note")
+    assert "c4 cannot be had here: no network here. Calibrated on the bundled" in note
+    assert note in told[-1]["verdict"]["notes"]
 
 
 def test_a_result_that_failed_is_not_called_by_its_name(here, tiny, capfd):
@@ -180,7 +205,7 @@ def test_an_unwritable_folder(refused, here, tiny, command):
     assert (here / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", ["auto_awq"])
+@pytest.mark.parametrize("command", ["auto_awq", "smooth_quant"])
 def test_an_existing_target(refused, here, tiny, command):
     (here / "out").mkdir()
     (here / "out" / "thesis.txt").write_text("mine")
