@@ -87,18 +87,18 @@ def auto_awq(
     progress.stage("quantize", model.num_blocks, done)
     for index in range(model.num_blocks):
         block = model.load_block(index)
-        tensors = writer.finished(index) if index < done else None
-        if tensors is None:
+        finished = writer.finished(index)
+        if finished is None:
             moments, size = observe_moments(model, block, hidden, size, progress)
-            tensors, losses = _quantize(model, block, moments, settings)
+            finished = _quantize(model, block, moments, settings)
             del moments
-            writer.write_block(index, tensors, losses)
+            writer.write_block(index, *finished)
+        tensors, losses = finished
         fill_awq(block, tensors)
         if index + 1 < model.num_blocks:
             size = _propagate(model, block, hidden, size, progress)
         del block  # before the next one is loaded
         if index >= done:
-            losses = writer.losses[str(index)]
             progress.step(loss=sum(losses.values()) / len(losses))
     writer.finish()
     return writer

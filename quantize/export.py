@@ -155,14 +155,14 @@ class CheckpointWriter:
             if index == self.config.num_layers or not self._shard(index + 2).exists()
         )
 
-    def finished(self, index: int) -> dict[str, Tensor] | None:
-        """The tensors of a block that an earlier run wrote; None if it did not."""
+    def finished(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+        """(tensors, losses) of a block that an earlier run wrote; None if it did not."""
         path = self._shard(index + 2)
         if not path.exists():
             return None
         try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
+            return load_file(path), self.losses[str(index)]
+        except (OSError, SafetensorError, KeyError) as error:
             raise UserError(
                 f"{path} cannot be read: {error}.",
                 "Give --overwrite to begin anew.",

@@ -110,7 +110,8 @@ def test_it_goes_on_where_it_was(source, tmp_path):
     assert again.blocks_done() == 1 and again.finished(1) is None
     assert again.losses == first.losses
     kept = again.finished(0)
-    assert kept is not None and "model.layers.0.mlp.up_proj.qweight" in kept
+    assert kept is not None and "model.layers.0.mlp.up_proj.qweight" in kept[0]
+    assert kept[1]["mlp.down_proj"] == 0.25
     write(source, tmp_path / "out").finish()
     assert not stray.exists()
 
