@@ -17,6 +17,7 @@ from backend.errors import UserError
 from backend.layers.linear import kv_heads_per_rank
 from backend.layers.parallel import ParallelContext
 from backend.models.kv_params import BITS, FILE_NAME, LARGEST_ZERO, entry_name
+from backend.models.registry import read_model_config
 
 
 def head_params(low: Tensor, high: Tensor, symmetric: bool = False) -> Tensor:
@@ -67,9 +68,11 @@ def write_kv_qparams(
         The file's path.
 
     Raises:
-        UserError: the file is there, the ranks and the KV heads do not divide, the folder cannot
-            be written, or as `head_params`.
+        UserError: the file is there, the ranks and the KV heads do not divide, the folder is no
+            model's or cannot be written, its model's values are not those that were seen, or as
+            `head_params`.
     """
+    _check_values_unchanged(str(folder))
     path = Path(folder) / FILE_NAME
     if path.exists() and not overwrite:
         raise UserError(f"{path} is there already.", "Give --overwrite to replace it.")
@@ -90,3 +93,21 @@ def write_kv_qparams(
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error
     return path
+
+
+def _check_values_unchanged(folder: str) -> None:
+    """Only 16-bit models are calibrated; is what they showed true of the model in `folder`?
+
+    AWQ and SmoothQuant divide V's channels by scales of their own choice, and multiply the output
+    projection by them, where each query head has its own KV head. Ranges of V from before would
+    then cut V off, or leave it hardly any steps. K, and V of grouped heads, stay as they were.
+    """
+    config = read_model_config(folder)
+    if config.quantization is not None and config.num_heads == config.num_kv_heads:
+        raise UserError(
+            f"{folder} was quantized by {config.quantization.method}, which changed the scale of "
+            "its values: what calibration saw in the 16-bit model is not true of it.",
+            "Leave this step out: --quant-policy 8 computes scales for each token, which is at "
+            "least as accurate.",
+            field="model",
+        )

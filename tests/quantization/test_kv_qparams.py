@@ -21,6 +21,7 @@ from kernels.reference import dequantize_kv
 from quantize.blocks import BlockModel
 from quantize.kv_qparams import head_params, write_kv_qparams
 from tests.tiny_model import make_checkpoint
+from tests.unit.test_awq import edit_config
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, DIM = 2, 2, 16
@@ -105,8 +106,26 @@ def test_ranks_that_do_not_divide_the_heads(folder):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="does not exist"):
         write_kv_qparams(tmp_path / "none", KEYS, VALUES)
+
+
+def test_a_file_that_cannot_be_written(folder):
+    (folder / f"{FILE_NAME}.partial").mkdir()
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        write_kv_qparams(folder, KEYS, VALUES)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_a_model_whose_values_quantization_changed(tmp_path, kv_heads):
+    """V is smoothed only where each of the four query heads has a KV head of its own."""
+    make_checkpoint(tmp_path, "llama", num_key_value_heads=kv_heads)
+    edit_config(tmp_path, quantization_config={"quant_method": "smooth_quant"})
+    if kv_heads == 4:
+        with pytest.raises(UserError, match="changed the scale of its values"):
+            write_kv_qparams(tmp_path, KEYS, VALUES)
+    else:
+        write_kv_qparams(tmp_path, KEYS, VALUES)
 
 
 @pytest.mark.parametrize(
