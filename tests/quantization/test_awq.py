@@ -55,7 +55,7 @@ def awq_loss(weight, x, search: SearchSettings) -> float:
     if search.scale:
         scale = search_scale([weight], moments, search.form)
     moments.divide(scale)
-    quantized = quantize_linear(weight * scale, moments.gram, search)
+    quantized = quantize_linear(weight * scale, moments, search)
     return total(quantized.dequantize() / scale - weight, x)
 
 
@@ -125,7 +125,7 @@ def test_dead_channels_and_dead_inputs():
     nearest = total(quantize(weight, FORM).dequantize() - weight, x)
     assert awq_loss(weight, x, SearchSettings(FORM)) <= nearest
     for moments in (moments_of(x), moments_of(torch.zeros_like(x))):
-        quantized = quantize_linear(weight, moments.gram, SearchSettings(FORM))
+        quantized = quantize_linear(weight, moments, SearchSettings(FORM))
         assert bool(torch.isfinite(quantized.dequantize()).all())
 
 
