@@ -98,14 +98,17 @@ def _rounded(x: Tensor) -> Tensor:
     return (x / scale).round_().mul_(scale)
 
 
-def product_loss(weight: Tensor, tokens: Tensor, scale: Tensor) -> float:
-    """Sum of |W' x' - W x|² over tokens [n, K], smoothed by scale [K]; W is weight [N, K]."""
+def product_loss(weight: Tensor, tokens: Tensor, scale: Tensor, exact: Tensor) -> float:
+    """Sum of |W' x' - W x|² over tokens [n, K], smoothed by scale [K].
+
+    W is weight [N, K], and exact [n, N] the product as it should be.
+    """
     inputs = _rounded(tokens / scale)
-    total = 0.0
-    for rows in weight.split(ROWS):
-        error = inputs @ _rounded(rows * scale).t() - tokens @ rows.t()
-        total += float(error.square().sum(dtype=torch.float64))
-    return total
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for rows, wanted in zip(weight.split(ROWS), exact.split(ROWS, dim=1)):
+        product = inputs @ _rounded(rows * scale).t()
+        total += (product - wanted).square_().sum(dtype=torch.float64)
+    return float(total)
 
 
 def search_scale(
@@ -120,9 +123,10 @@ def search_scale(
     """
     best, strength, least = torch.ones_like(sample.absmax), None, float("inf")
     tokens = sample.tokens
+    exact = tokens @ weight.t()
     for tried, candidate in _candidates(weight, sample.absmax):
         scale = candidate if norm is None else realisable(norm, candidate)
-        loss = product_loss(weight, tokens, scale)
+        loss = product_loss(weight, tokens, scale, exact)
         if loss < least:
             best, strength, least = scale, tried, loss
     return best, strength
@@ -185,9 +189,10 @@ def quantize_block(
             scales[target] = scale
     losses = {}
     for name, weight in weights.items():
-        tokens = samples[name].tokens
-        whole = float((tokens @ (weight / scales[name]).t()).square().sum(dtype=torch.float64))
-        loss = product_loss(weight / scales[name], tokens, scales[name])
+        tokens, original = samples[name].tokens, weight / scales[name]
+        exact = tokens @ original.t()
+        whole = float(exact.square().sum(dtype=torch.float64))
+        loss = product_loss(original, tokens, scales[name], exact)
         losses[name] = loss / whole if whole > 0 else 0.0
     return SmoothedBlock(
         linears={name: round_rows(weight) for name, weight in weights.items()},
