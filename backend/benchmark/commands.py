@@ -50,7 +50,7 @@ def _restful_command(group: Any) -> None:
     text = "several rates, one after another"
     rates.add_argument("--sweep", type=positive, nargs="+", metavar="R", help=text)
     text = "1 is a Poisson process, less has more bursts (default: 1)"
-    sub.add_argument("--burstiness", type=positive, default=1.0, help=text)
+    sub.add_argument("--burstiness", type=burstiness, default=1.0, help=text)
     text = "requests open at a time (default: no bound)"
     sub.add_argument("--max-concurrency", type=count, help=text)
     text = "count requests within bounds in ms, such as ttft:200 tpot:20"
@@ -121,6 +121,14 @@ def positive(text: str) -> float:
         value = math.nan
     if not value > 0:
         raise argparse.ArgumentTypeError(f"a number above 0 expected, not {text!r}")
+    return value
+
+
+def burstiness(text: str) -> float:
+    """A number above 0 that a distribution can have as its shape."""
+    value = positive(text)
+    if value > 1e6:
+        raise argparse.ArgumentTypeError(f"a number up to 1000000 expected, not {text!r}")
     return value
 
 

@@ -116,7 +116,7 @@ def read_conversations(
         raise UserError(
             f"The data set {path} cannot be read: {error.strerror}.", "Check the path."
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _no_conversations(path) from error
     if not all(isinstance(text, str) for turn in turns for text in turn):
         raise _no_conversations(path)

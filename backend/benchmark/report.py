@@ -6,6 +6,7 @@ import csv
 import importlib.metadata
 import math
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -104,8 +105,14 @@ def software() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": _version("torch"),
         "triton": _version("triton"),
-        "command": " ".join(sys.argv[1:]),
+        "command": without_keys(sys.argv[1:]),
     }
+
+
+def without_keys(words: Sequence[str]) -> str:
+    """A command line without the API key in it: reports are shared."""
+    text = " ".join(words)
+    return re.sub(r"(--api[-_]key[= ])\S+", r"\1***", text)
 
 
 def git_commit() -> str:

@@ -13,10 +13,12 @@ from multiprocessing import get_context
 from tqdm import tqdm
 
 from backend import config
-from backend.config import EngineConfig
+from backend.config import EngineConfig, SamplingParams
 from backend.engine.inline import ThreadHandle
 from backend.engine.launcher import Handle, ProcessHandle
 from backend.errors import UserError
+
+MAX_CONCURRENCY = 4096  # as EngineConfig.max_batch_size
 
 
 def launcher(args: argparse.Namespace) -> Callable[[], Handle]:
@@ -35,6 +37,10 @@ async def engine_config(args: argparse.Namespace, concurrency: int) -> EngineCon
         "enable_prefix_caching": False,
         "max_batch_size": max(concurrency, EngineConfig.max_batch_size),
     }
+    # Told now, not after minutes of loading.
+    SamplingParams(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+    if concurrency > MAX_CONCURRENCY:
+        raise UserError(f"--concurrency may be {MAX_CONCURRENCY} at most, not {concurrency}.")
     model = getattr(args, "model", None)
     if (model is None) == (args.random_weights is None):
         raise UserError(

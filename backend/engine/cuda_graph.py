@@ -18,6 +18,8 @@ from backend.engine.types import DrawParams, StepInput
 from kernels import ops
 from kernels.ops import AttentionMetadata
 
+FEW_ROWS = 4  # of changed block tables: sent one by one
+
 # input_ids, positions, metadata -> float32 logits of every token
 Forward = Callable[[Tensor, Tensor, AttentionMetadata], Tensor]
 
@@ -55,6 +57,12 @@ class DecodeSteps:
         self._block_size = block_size
         self._batch_invariant = batch_invariant
         self._pool = torch.cuda.graph_pool_handle() if capture else None
+        # One for all, since cuBLAS keeps a workspace for every stream that it was used on.
+        self._stream = torch.cuda.Stream()
+        # One for all sizes too: as each graph's own result they would add up.
+        self._logits = torch.empty(
+            len(last_drawn), vocab_size, dtype=torch.float32, device=last_drawn.device
+        )
         self._vocab_size = vocab_size
         self._max_blocks = max_blocks
         self._sizes = batch_sizes(len(last_drawn))
@@ -63,7 +71,7 @@ class DecodeSteps:
     def prepare(self) -> float:
         """Record all graphs, so that none is recorded while requests wait; seconds it took."""
         start = time.perf_counter()
-        for size in reversed(self._sizes):  # the largest first: the others fit into its memory
+        for size in reversed(self._sizes):  # the largest first: others' passing needs fit into it
             self._step(size)
         torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -79,9 +87,10 @@ class DecodeSteps:
         prepared = self._step(size)
         prepared.load(step)
         if prepared.graph is None:
-            return self._compute(prepared)
-        prepared.graph.replay()
-        return prepared.logits
+            self._compute(prepared)
+        else:
+            prepared.graph.replay()
+        return self._logits
 
     def _step(self, size: int) -> _Step:
         if size in self._steps:
@@ -102,72 +111,68 @@ class DecodeSteps:
             batch_invariant=self._batch_invariant,
         )
         if self._capture:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # kernels are compiled and workspaces made here
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):  # kernels are compiled, workspaces made here
                 self._compute(step)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Only this thread's calls matter: NCCL's watchdog makes some of its own meanwhile.
             with torch.cuda.graph(
-                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
-                step.logits = self._compute(step)
+                self._compute(step)
             step.graph = graph
         self._steps[size] = step
         return step
 
-    def _compute(self, step: _Step) -> Tensor:
+    def _compute(self, step: _Step) -> None:
         drawn = self._last_drawn[step.sources.clamp(min=0)]
         input_ids = torch.where(step.sources >= 0, drawn, step.token_ids)
         # A row whose output was not a number drew -1; it ends, but is computed once more.
-        logits = self._forward(input_ids.clamp_(min=0), step.positions, step.metadata)
+        logits = self._logits[: step.size]
+        logits.copy_(self._forward(input_ids.clamp_(min=0), step.positions, step.metadata))
         tokens = ops.sample(
             logits, step.temperature, step.top_k, step.top_p, step.min_p, step.uniform
         )
         self._last_drawn[: step.size] = tokens
-        return logits
 
 
 class _Step:
     """One size's inputs: on the device, and as the host fills them, side by side in one buffer."""
 
     metadata: AttentionMetadata
-    logits: Tensor
 
     def __init__(self, size: int, max_blocks: int, vocab_size: int, device: torch.device) -> None:
         self.size = size
         self.graph: torch.cuda.CUDAGraph | None = None
         self._vocab_size = vocab_size
         longs, floats, ints = 5 * size * 8, 4 * size * 4, size * 4
-        total = longs + floats + ints + size * max_blocks * 4
+        total = longs + floats + ints
         on_device = torch.zeros(total, dtype=torch.uint8, device=device)
         # Two on the host, because the copy of one may still wait behind the step before.
         self._hosts = [torch.zeros(total, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._device = on_device
-        bounds = (longs, longs + floats, longs + floats + ints)
 
-        def views(buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def views(buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return (
-                buffer[: bounds[0]].view(torch.int64).view(5, size),
-                buffer[bounds[0] : bounds[1]].view(torch.float32).view(4, size),
-                buffer[bounds[1] : bounds[2]].view(torch.int32),
-                buffer[bounds[2] :].view(torch.int32).view(size, max_blocks),
+                buffer[:longs].view(torch.int64).view(5, size),
+                buffer[longs : longs + floats].view(torch.float32).view(4, size),
+                buffer[longs + floats :].view(torch.int32),
             )
 
         self._host_views = [views(host) for host in self._hosts]
-        numbers, draws, self.seq_lens, self.block_table = views(on_device)
+        numbers, draws, self.seq_lens = views(on_device)
         self.token_ids, self.sources, self.positions, self.slots, self.top_k = numbers
         self.temperature, self.top_p, self.min_p, self.uniform = draws
-        # The tables as last filled in: sequences mostly stay, and grow a block now and then.
-        self._table = torch.zeros(size, max_blocks, dtype=torch.int32)
+        # Tables are sent row by row: sequences mostly stay, and grow a block now and then.
+        self.block_table = torch.zeros(size, max_blocks, dtype=torch.int32, device=device)
         self._known: list[tuple[list[int], int]] = [([], 0)] * size
 
     def load(self, step: StepInput) -> None:
         """Bring a step's numbers to the device, without waiting for it."""
         self._hosts.reverse()
         self._host_views.reverse()
-        numbers, draws, seq_lens, table = self._host_views[0]
+        numbers, draws, seq_lens = self._host_views[0]
         draw = step.draw or DrawParams()
         vocab = self._vocab_size
         numbers.copy_(
@@ -186,12 +191,27 @@ class _Step:
             )
         )
         seq_lens.copy_(self._padded(step.seq_lens, padding=(0,))[0])
-        for row, blocks in enumerate(step.block_tables):
-            if self._known[row][0] is not blocks or self._known[row][1] != len(blocks):
-                self._table[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-                self._known[row] = (blocks, len(blocks))
-        table.copy_(self._table)
         self._device.copy_(self._hosts[0], non_blocking=True)
+        tables = step.block_tables
+        changed = [row for row, blocks in enumerate(tables) if not self._is_known(row, blocks)]
+        if len(changed) > FEW_ROWS:  # someone left, and those behind moved up
+            width = max(map(len, tables))
+            self._send([t + [0] * (width - len(t)) for t in tables], slice(0, len(tables)), width)
+        else:
+            for row in changed:
+                self._send(tables[row], row, len(tables[row]))
+        for row in changed:
+            self._known[row] = (tables[row], len(tables[row]))
+
+    def _is_known(self, row: int, blocks: list[int]) -> bool:
+        """Whether the device has this table: the same list, not grown, or one that says the same
+        (as on ranks beside rank 0, for which each step's lists are new)."""
+        known, length = self._known[row]
+        return length == len(blocks) and (known is blocks or known == blocks)
+
+    def _send(self, values: list[int] | list[list[int]], rows: int | slice, width: int) -> None:
+        fresh = torch.tensor(values, dtype=torch.int32).pin_memory()
+        self.block_table[rows, :width].copy_(fresh, non_blocking=True)
 
     def _padded(self, *rows: Items[float], padding: tuple[float, ...]) -> Tensor:
         return torch.tensor(

@@ -105,6 +105,16 @@ def allocate(shape: KVShape, num_slots: int, device: torch.device) -> list[KVCac
     ]
 
 
+def prefill_copy_bytes(shape: KVShape, session_len: int) -> int:
+    """Bytes of the 16-bit copy of one layer's quantized KV that attention of prompts may make.
+
+    `kernels.gpu.prefill_attention` copies what a step's sequences have, up to half a GB.
+    """
+    if not shape.quant_policy:
+        return 0
+    return min(4 * session_len * shape.num_kv_heads * shape.head_dim, 512 << 20)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device."""
     if device.type == "cuda":

@@ -16,10 +16,9 @@ from backend.engine import kv_cache, messages, sampler
 from backend.engine.cuda_graph import DecodeSteps
 from backend.engine.kv_cache import KVShape
 from backend.engine.ranks import resolve_device
-from backend.engine.step_input import prepare
+from backend.engine.step_input import placeholder, prepare
 from backend.engine.types import (
     Batch,
-    DrawParams,
     ModelInfo,
     SampledToken,
     Sequence,
@@ -63,9 +62,12 @@ class ModelRunner:
         start = time.perf_counter()
         self.device = resolve_device(config, parallel.rank)
         on_gpu = self.device.type == "cuda"
-        if config.batch_invariant and not on_gpu:
+        if config.batch_invariant and (not on_gpu or config.tp > 2):
+            # NCCL adds up more than two ranks in an order that depends on the tensor's size.
             raise UserError(
-                "batch_invariant needs a GPU.", "Leave it out.", field="batch_invariant"
+                "batch_invariant needs a GPU, and at most tp 2.",
+                "Leave it out.",
+                field="batch_invariant",
             )
         self._parallel = parallel
         self._peers = peers
@@ -88,24 +90,20 @@ class ModelRunner:
         )  # fmt: skip
         self._decode_steps: DecodeSteps | None = None
         self.kv_caches: list[KVCache] = []
-        self.info = self._plan(config, model_config, shape)
-        self.kv_caches = kv_cache.allocate(
-            shape, self.info.num_blocks * self.block_size, self.device
-        )
-        graph_s = 0.0
-        if on_gpu:
-            self._decode_steps = DecodeSteps(
-                self._logits,
-                self._last_drawn,
-                vocab_size=model_config.vocab_size,
-                block_size=self.block_size,
-                max_blocks=-(-self.info.session_len // self.block_size),
-                batch_invariant=config.batch_invariant,
-                capture=not config.eager_mode,
+        try:
+            self.info = self._plan(config, model_config, shape)
+            self.kv_caches = kv_cache.allocate(
+                shape, self.info.num_blocks * self.block_size, self.device
             )
-            with torch.inference_mode():
-                graph_s = self._decode_steps.prepare()
-        _report(self.info, loaded - start, graph_s, time.perf_counter() - start)
+            prepare_s = self._prepare(config) if on_gpu else 0.0
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "The GPU has too little memory for this model's steps and KV cache.",
+                "Lower cache_max_entry_count, max_batch_size or max_prefill_token_num, or free "
+                "memory on the GPU.",
+                field="cache_max_entry_count",
+            ) from error
+        _report(self.info, loaded - start, prepare_s, time.perf_counter() - start)
 
     def launch(self, batch: Batch) -> Launched:
         """Start computing the batch, and drawing a token for each sequence whose end it reaches.
@@ -125,16 +123,19 @@ class ModelRunner:
         except torch.OutOfMemoryError as error:
             if self._peers:
                 raise
+            if step.draw is not None:
+                sampler.give_back(step.draw, sequences)
             torch.cuda.empty_cache()
             raise StepOutOfMemoryError(
                 f"The GPU has no memory for a step of {len(step.token_ids)} tokens."
             ) from error
 
     def collect(self, launched: Launched) -> list[SampledToken]:
-        """Wait for the tokens of a launched step."""
-        if launched.on_the_way is None or launched.arrived is None:
+        """Wait for a launched step, and return its tokens."""
+        if launched.arrived is not None:
+            launched.arrived.synchronize()
+        if launched.on_the_way is None:
             return launched.sampled
-        launched.arrived.synchronize()
         return [SampledToken(token) for token in launched.on_the_way.tolist()]
 
     def close(self) -> None:
@@ -153,14 +154,13 @@ class ModelRunner:
             logits = self._forward(step)
             if step.draw is not None and step.sample_rows:
                 self._last_drawn[: len(logits)] = sampler.draw(logits, step.draw)
-        if not step.sample_rows:
-            return Launched([])
-        if step.draw is None:
+        if step.draw is None and step.sample_rows:
             return Launched(self._draw_on_host(logits, sequences))
-        if sequences is None:
+        if sequences is None or not self.max_ahead:
             return Launched([])
-        tokens = torch.empty(len(logits), dtype=torch.int64, pin_memory=True)
-        tokens.copy_(self._last_drawn[: len(logits)], non_blocking=True)
+        tokens = torch.empty(len(sequences), dtype=torch.int64, pin_memory=True)
+        tokens.copy_(self._last_drawn[: len(sequences)], non_blocking=True)
+        # Of a prompt's middle piece too, so that the host never runs further ahead than a step.
         arrived = torch.cuda.Event()
         arrived.record()
         return Launched([], tokens, arrived)
@@ -226,7 +226,7 @@ class ModelRunner:
     ) -> ModelInfo:
         """How many blocks there are, and with them how long a conversation may be."""
         longest = config.session_len or model_config.max_position_embeddings
-        step_bytes = self._measure_step(config, shape, longest) if self.max_ahead else 0
+        step_bytes = self._measure_steps(config, shape, longest) if self.max_ahead else 0
         free = kv_cache.free_memory(self.device)
         if self.device.type == "cpu":
             free //= config.tp  # the ranks share one machine's memory
@@ -254,39 +254,57 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def _measure_step(self, config: EngineConfig, shape: KVShape, longest: int) -> int:
-        """Bytes that the largest step takes beside weights and pool: runs one, with a small pool.
+    def _measure_steps(self, config: EngineConfig, shape: KVShape, longest: int) -> int:
+        """Bytes that steps take beside weights and pool: runs the largest, with a small pool.
 
         That also compiles the kernels for it, and makes libraries take their workspaces.
         """
-        tokens = config.max_prefill_token_num
-        lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
-        samples = min(config.max_batch_size, tokens)
-        step = StepInput(
-            token_ids=[0] * tokens,
-            positions=[i for length in lengths for i in range(length)],
-            slot_mapping=[-1] * tokens,
-            query_lens=lengths,
-            seq_lens=lengths,
-            kv_runs=[],
-            block_tables=[[0] * -(-length // self.block_size) for length in lengths],
-            sample_rows=list(range(samples)),
-            draw=DrawParams(
-                [1.0] * samples, [1] * samples, [0.5] * samples, [0.0] * samples, [0.5] * samples
-            ),
-        )
+        most = config.max_batch_size * longest  # more tokens are never there at once
+        tokens = max(min(config.max_prefill_token_num, most), config.max_batch_size)
         self.kv_caches = kv_cache.allocate(shape, self.block_size, self.device)
+        sizes = (tokens, config.max_batch_size)
+        # The second for what the graphs keep of their own, with the logits that they share.
+        largest, graphs = (self._peak(size, config, longest) for size in sizes)
+        self.kv_caches = []
+        logits = 4 * config.max_batch_size * self.model.config.vocab_size
+        copies = kv_cache.prefill_copy_bytes(shape, longest)
+        # A little more than seen: the allocator's blocks are not always filled to the brim.
+        return int(1.1 * (largest + graphs)) + logits + copies + (64 << 20)
+
+    def _peak(self, tokens: int, config: EngineConfig, longest: int) -> int:
+        """Bytes that an eager step of so many tokens takes at its height."""
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self.compute(step)
+        lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
+        self.compute(placeholder(lengths, min(tokens, config.max_batch_size), self.block_size))
         torch.cuda.synchronize(self.device)
-        self.kv_caches = []
-        peak = torch.cuda.max_memory_allocated(self.device)
-        # A little more than seen: the allocator's blocks are not always filled to the brim.
-        return int(1.1 * (peak - before)) + (64 << 20)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    @torch.inference_mode()
+    def _prepare(self, config: EngineConfig) -> float:
+        """Record the graphs, and compile what other steps run; seconds it took."""
+        start = time.perf_counter()
+        steps = DecodeSteps(
+            self._logits,
+            self._last_drawn,
+            vocab_size=self.info.vocab_size,
+            block_size=self.block_size,
+            max_blocks=-(-self.info.session_len // self.block_size),
+            batch_invariant=config.batch_invariant,
+            capture=not config.eager_mode,
+        )
+        steps.prepare()
+        # Kernels have forms by the number of tokens; nobody should wait for one to be compiled.
+        room = min(self.info.session_len, config.max_prefill_token_num)
+        for lengths in ([9], [33], [97], [193], [385], [1, 1, 33]):
+            if max(lengths) <= room and len(lengths) <= config.max_batch_size:
+                self.compute(placeholder(lengths, len(lengths), self.block_size))
+        torch.cuda.synchronize(self.device)
+        self._decode_steps = steps
+        return time.perf_counter() - start
 
 
-def _report(info: ModelInfo, load_s: float, graph_s: float, total_s: float) -> None:
+def _report(info: ModelInfo, load_s: float, prepare_s: float, total_s: float) -> None:
     tokens = info.num_blocks * info.block_size
     log.info(
         "%s, %s%s on %s: weights %.2f GB; KV cache %.2f GB: %d tokens of %d bits, which is %.1f "
@@ -302,7 +320,7 @@ def _report(info: ModelInfo, load_s: float, graph_s: float, total_s: float) -> N
         tokens / info.session_len,
         info.session_len,
     )
-    graphs = f", CUDA graphs {graph_s:.1f} s" if graph_s else ""
+    graphs = f", CUDA graphs and kernels {prepare_s:.1f} s" if prepare_s else ""
     log.info("Started in %.1f s: weights %.1f s%s", total_s, load_s, graphs)
 
 

@@ -31,8 +31,22 @@ def draw_params(sequences: list[Sequence]) -> DrawParams:
         draw.top_k.append(p.top_k)
         draw.top_p.append(p.top_p)
         draw.min_p.append(p.min_p)
-        draw.uniform.append(seq.random.random() if p.temperature > 0 else 0.0)
+        draw.uniform.append(_uniform(seq) if p.temperature > 0 else 0.0)
     return draw
+
+
+def give_back(params: DrawParams, sequences: list[Sequence]) -> None:
+    """Nothing was drawn with these after all: the numbers are the sequences' next ones again."""
+    for seq, uniform in zip(sequences, params.uniform, strict=True):
+        if seq.request.sampling.temperature > 0:
+            seq.unused_uniforms.append(uniform)
+
+
+def _uniform(seq: Sequence) -> float:
+    """The sequence's next number in [0, 1), as float32 can hold it: it must not round up to 1."""
+    if seq.unused_uniforms:
+        return seq.unused_uniforms.pop()
+    return min(seq.random.random(), 1 - 2**-24)
 
 
 def draw(logits: Tensor, params: DrawParams) -> Tensor:

@@ -23,6 +23,11 @@ from backend.engine.types import (
     StepOutput,
 )
 
+# After a step that found no memory: tokens that a smaller one has at least, and steps that must
+# succeed before larger ones are tried again.
+SMALLEST_STEP = 16
+STEPS_TO_GROWTH = 64
+
 
 class Scheduler:
     """Queues of sequences over a `BlockManager`.
@@ -38,6 +43,7 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max(max_step_tokens, max_batch_size)
         self._limits = (self.max_batch_size, self.max_step_tokens)
+        self._steps_to_growth = STEPS_TO_GROWTH
         self.waiting: deque[Sequence] = deque()
         self.running: dict[str, Sequence] = {}  # in order of admission
         self.stats = EngineStats()
@@ -76,20 +82,22 @@ class Scheduler:
                 scheduled.append(ScheduledSequence(seq, 1, True))
                 budget -= 1
         for seq in self.running.values():
-            if budget and seq.num_computed_tokens < seq.num_tokens - 1:
+            if budget > 0 and seq.num_computed_tokens < seq.num_tokens - 1:
                 scheduled.append(self._piece(seq, budget))
                 budget -= scheduled[-1].num_tokens
         # Who was just put out must not come back in the same step.
-        if budget and self.stats.num_preemptions == preemptions:
+        if budget > 0 and self.stats.num_preemptions == preemptions:
             for seq in self._admit():
                 scheduled.append(self._piece(seq, budget))
                 budget -= scheduled[-1].num_tokens
-                if not budget:
+                if budget <= 0:
                     break
         return Batch(scheduled)
 
     def launched(self, batch: Batch) -> None:
         """Note that a batch is being computed, so that the next one can be scheduled."""
+        if (self.max_batch_size, self.max_step_tokens) != self._limits:
+            self._grow_back()
         row = 0
         for item in batch.scheduled:
             seq = item.sequence
@@ -129,18 +137,28 @@ class Scheduler:
         Fewer tokens a step first; then fewer sequences, of which the last admitted waits. False
         if the batch is one sequence with as few tokens as may be.
         """
-        if batch.num_tokens > self.max_batch_size:
-            self.max_step_tokens = max(batch.num_tokens // 2, self.max_batch_size)
+        self._steps_to_growth = STEPS_TO_GROWTH
+        if batch.num_tokens > max(len(batch.scheduled), SMALLEST_STEP):
+            self.max_step_tokens = max(batch.num_tokens // 2, SMALLEST_STEP)
             return True
         if len(self.running) > 1:
-            self.max_batch_size = len(self.running) - 1
-            self.preempt(next(reversed(self.running.values())))
+            self.max_batch_size = (len(self.running) + 1) // 2
+            while len(self.running) > self.max_batch_size:
+                self.preempt(next(reversed(self.running.values())))
             return True
         return False
 
     def unshrink(self) -> None:
         """Back to the limits of the start."""
         self.max_batch_size, self.max_step_tokens = self._limits
+
+    def _grow_back(self) -> None:
+        """After some steps that did fit, allow twice as much: the shortage may be over."""
+        self._steps_to_growth -= 1
+        if not self._steps_to_growth:
+            self._steps_to_growth = STEPS_TO_GROWTH
+            self.max_batch_size = min(2 * self.max_batch_size, self._limits[0])
+            self.max_step_tokens = min(2 * self.max_step_tokens, self._limits[1])
 
     def needs_replies(self) -> bool:
         """Whether some running sequence's next token depends on the host's knowing its last."""

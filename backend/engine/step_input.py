@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 
-from backend.engine.types import Batch, Sequence, StepInput
+from backend.engine.types import Batch, DrawParams, Sequence, StepInput
 
 
 def prepare(batch: Batch, block_size: int) -> StepInput:
@@ -27,6 +27,27 @@ def prepare(batch: Batch, block_size: int) -> StepInput:
         if item.samples:
             step.sample_rows.append(len(step.token_ids) - 1)
     return step
+
+
+def placeholder(lengths: list[int], samples: int, block_size: int) -> StepInput:
+    """A step of new sequences of these lengths that stores nothing, to measure or warm up with.
+
+    All their blocks are block 0. The first `samples` tokens draw, with all that drawing can ask.
+    """
+    tokens = sum(lengths)
+    return StepInput(
+        token_ids=[0] * tokens,
+        positions=[position for length in lengths for position in range(length)],
+        slot_mapping=[-1] * tokens,
+        query_lens=lengths,
+        seq_lens=lengths,
+        kv_runs=[],
+        block_tables=[[0] * -(-length // block_size) for length in lengths],
+        sample_rows=list(range(samples)),
+        draw=DrawParams(
+            [1.0] * samples, [1] * samples, [0.5] * samples, [0.5] * samples, [0.5] * samples
+        ),
+    )
 
 
 def _slots(seq: Sequence, start: int, end: int, block_size: int) -> Items[int]:

@@ -80,6 +80,7 @@ class Sequence:
     stop_ids: frozenset[int]
     max_tokens: int  # of the reply; bounded by the context
     random: random.Random  # this request's own, so that a seed means the same in any batch
+    unused_uniforms: list[float] = field(default_factory=list)  # of `random`, next one last
     num_computed_tokens: int = 0  # computed, or launched to be
     num_pending_tokens: int = 0
     drawn_row: int = 0  # where the last launched step draws this one's token

@@ -118,6 +118,17 @@ def _search(
 
 
 @triton.jit
+def _number_within(row, vocab, largest, temperature, bound, BLOCK: tl.constexpr):
+    """How many tokens are as near as bound."""
+    lane = tl.arange(0, BLOCK)
+    number = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        distance = _distances(row, start + lane, vocab, largest, temperature)
+        number += tl.where(distance <= bound, 1.0, 0.0)
+    return tl.sum(number, axis=0)
+
+
+@triton.jit
 def _weight_within(
     row, vocab, largest, temperature, bound, at_bound, min_p, BLOCK: tl.constexpr
 ):
@@ -134,12 +145,18 @@ def _weight_within(
 
 
 @triton.jit
-def _pick(row, vocab, largest, temperature, bound, at_bound, min_p, wanted, BLOCK: tl.constexpr):
-    """The id at which the cumulated weight of what stays passes `wanted`, in ids' order."""
+def _pick(
+    row, vocab, largest, temperature, bound, at_bound, min_p, wanted, likeliest, BLOCK: tl.constexpr
+):
+    """The id at which the cumulated weight of what stays passes `wanted`, in ids' order.
+
+    The likeliest should rounding run past the end: sums of other orders differ in the last bits,
+    and the last id with any weight may be one of next to none.
+    """
     lane = tl.arange(0, BLOCK)
     cumulated = wanted * 0.0
     seen = at_bound * 0.0  # tokens on the bound so far
-    token = vocab * 0
+    token = likeliest
     start = vocab * 0
     while start < vocab:
         ids = start + lane
@@ -156,12 +173,10 @@ def _pick(row, vocab, largest, temperature, bound, at_bound, min_p, wanted, BLOC
         weight = tl.exp(-distance)
         weight = tl.where(stays & (weight >= min_p), weight, 0.0)
         here = tl.sum(weight, axis=0)
-        if here > 0.0:
-            # Should rounding run past the end: the last token that has any weight.
-            token = tl.max(tl.where(weight > 0.0, ids, 0), axis=0)
         if cumulated + here > wanted:
             passed = (cumulated + tl.cumsum(weight, axis=0) > wanted) & (weight > 0.0)
-            token = tl.minimum(token, tl.min(tl.where(passed, ids, vocab), axis=0))
+            found = tl.min(tl.where(passed, ids, vocab), axis=0)
+            token = tl.where(found < vocab, found, likeliest)
             start = vocab
         cumulated += here
         start += BLOCK
@@ -199,8 +214,12 @@ def _sample_kernel(
         at_bound = largest * 0.0 + vocab  # how many tokens on the bound stay
         if top_k < vocab:
             wanted = tl.maximum(top_k, 1).to(tl.float32)
-            bound, nearer = _search(row, vocab, largest, temperature, wanted, bound, False, BLOCK)
-            at_bound = wanted - nearer
+            # Banned tokens lie farther than everything; the others may be fewer than wanted.
+            if wanted < _number_within(row, vocab, largest, temperature, bound, BLOCK):
+                bound, nearer = _search(
+                    row, vocab, largest, temperature, wanted, bound, False, BLOCK
+                )
+                at_bound = wanted - nearer
         if top_p < 1.0:
             # Without min_p: of what top_k left.
             total = _weight_within(row, vocab, largest, temperature, bound, at_bound, 0.0, BLOCK)
@@ -215,7 +234,7 @@ def _sample_kernel(
         total = _weight_within(row, vocab, largest, temperature, bound, at_bound, min_p, BLOCK)
         wanted = total * tl.load(uniforms + index)
         token = _pick(
-            row, vocab, largest, temperature, bound, at_bound, min_p, wanted, BLOCK
+            row, vocab, largest, temperature, bound, at_bound, min_p, wanted, token, BLOCK
         )
     tl.store(out + index, token.to(tl.int64))
 

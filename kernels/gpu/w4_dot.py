@@ -46,7 +46,8 @@ def _tile_rows(first, up_row, last_row, ROWS: tl.constexpr, GATED: tl.constexpr)
     return tl.minimum(row, last_row)
 
 
-@triton.jit
+# By the bucket of rows only: a prompt of another length must not wait for a compilation.
+@triton.jit(do_not_specialize=["tokens"])
 def w4_dot_kernel(
     x,
     qweight,

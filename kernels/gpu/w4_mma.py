@@ -229,7 +229,8 @@ def _total(parts, first: tl.constexpr):
     return a, b, c, d
 
 
-@triton.jit
+# By the bucket of rows only: a prompt of another length must not wait for a compilation.
+@triton.jit(do_not_specialize=["tokens"])
 def w4_mma_kernel(
     x,  # int32: pairs
     qweight,

@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup-rounds", type=int, default=1)
     parser.add_argument("--csv")
+    parser.set_defaults(temperature=0.0, top_p=1.0, top_k=0)
     asyncio.run(run(parser.parse_args()))
 
 

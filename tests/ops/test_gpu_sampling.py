@@ -120,10 +120,18 @@ def test_a_tiny_temperature_takes_the_largest():
 def test_masked_tokens_are_never_drawn():
     logits = torch.full((4, 5000), float("-inf"))
     logits[:, [3, 4100, 4999]] = torch.tensor([0.0, 1.0, 0.5])
-    uniform = torch.tensor([0.0, 0.2, 0.9, 1.0 - 2**-24])
+    uniform = torch.tensor([0.0, 0.2, 0.999, 1.0 - 2**-24])
     for limits in ({}, {"top_k": 1000}, {"top_p": 0.99}):
         tokens = sample(logits, uniform=uniform, **limits).tolist()
-        assert tokens[0] == 3 and tokens[3] == 4999 and set(tokens) <= {3, 4100, 4999}
+        assert tokens[0] == 3 and tokens[2] == 4999 and set(tokens) <= {3, 4100, 4999}
+
+
+def test_a_number_next_to_1_draws_no_token_of_next_to_no_weight():
+    """Sums in different orders differ in their last bits, which must not lead past the end."""
+    logits = drawn(32768).repeat(8, 1)
+    logits[:, -1] = -80.0
+    uniform = 1.0 - torch.arange(1, 9) * 2.0**-24
+    assert 32767 not in sample(logits, uniform=uniform).tolist()
 
 
 def test_rows_have_their_own_parameters():

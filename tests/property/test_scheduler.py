@@ -275,6 +275,19 @@ def test_a_step_ahead_gives_the_same_replies(penalty):
     assert replies[0] == replies[1]
 
 
+def test_limits_grow_back_after_a_shortage():
+    engine = engine_of(64, max_batch_size=8, max_step_tokens=64)
+    for name in "abcd":
+        engine.add_request(Request(name, [ord(name) % VOCAB] * 3, SamplingParams(max_tokens=40)))
+    engine.step()
+    scheduler = engine.scheduler
+    batch = scheduler.schedule()
+    assert scheduler.shrink(batch) and scheduler.max_batch_size == 2
+    assert scheduler.stats.num_preemptions == 2
+    drain(engine)
+    assert scheduler.max_batch_size > 2
+
+
 class CrampedRunner(CheckingRunner):
     """Has room for so many tokens a step, and for a sequence of so many tokens."""
 
@@ -294,7 +307,7 @@ def test_too_little_memory_fails_the_request_that_needs_it_and_no_other(max_ahea
     info = fake_info(
         vocab_size=VOCAB, session_len=64, num_blocks=64, block_size=4, max_batch_size=4
     )
-    engine = Engine(CrampedRunner(info, max_ahead, 9, 40), max_step_tokens=32)
+    engine = Engine(CrampedRunner(info, max_ahead, 20, 40), max_step_tokens=64)
     for name, length in (("a", 20), ("b", 45), ("c", 12), ("d", 38)):
         prompt = [ord(name) % VOCAB] * length
         engine.add_request(Request(name, prompt, SamplingParams(max_tokens=6)))
