@@ -43,12 +43,16 @@ def add_commands(group: Any) -> None:
     _flag(sub, "--kv-sym", False, "ranges as wide below 0 as above")
     sub.add_argument("--num-tp", type=count, default=1, help="ranks to part them into (default: 1)")
     _flag(sub, "--overwrite", False, "replace those that are there")
+    _device(sub)
+    _verdict(sub)
 
     text = "how good a model is, by held-out text"
     sub = _command(group, "evaluate", text, _evaluate)
     sub.add_argument("model", metavar="MODEL", help="folder of the model")
     sub.add_argument("--against", metavar="MODEL", help="the model that it was quantized from")
     _device(sub)
+    text = "bits of its KV cache: 8, 4, or 0 (default) for the number format computed in"
+    sub.add_argument("--quant-policy", type=int, choices=(0, 4, 8), default=0, help=text)
     text = "longest context in tokens (default: 512)"
     sub.add_argument("--eval-seqlen", type=count, default=512, help=text)
     _verdict(sub)

@@ -7,7 +7,6 @@ on the host, with its output head, and the logits are made of them a few rows at
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -16,17 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backend.chat_template import ChatTemplate
 from backend.errors import UserError
-from backend.layers.embedding import ParallelLMHead
-from backend.layers.parallel import ParallelContext
 from backend.models.checkpoint import read_checkpoint
-from backend.models.decoder import Decoder
-from backend.models.loader import load_model
 from backend.models.model_config import ModelConfig
 from backend.models.registry import read_model_config
 from backend.tokenizer import Tokenizer
-from kernels.ops import AttentionMetadata, KVCache
+from quantize.model_run import PROMPTS, KVFormat, ModelRun, Window, run_model
 from quantize.progress import Progress
 from quantize.verdict import THRESHOLD, Comparison, Measured, Verdict, bootstrap, judge
 
@@ -34,9 +28,6 @@ HELDOUT = Path(__file__).resolve().parents[1] / "assets" / "calibration"
 # File -> what parts its documents (assets/calibration/README.md).
 HELDOUT_FILES = {"heldout_en.txt": "\n\n\n", "heldout_zh.txt": "\n---\n"}
 HELDOUT_NAME = "bundled held-out text, English and Chinese"
-PROMPTS = ("What is the KV cache?", "Write a short story about a fox.", "请用一句话介绍你自己。")
-REPLY_TOKENS = 48
-BLOCK_SIZE = 64  # of the KV cache; the same for every device
 LOGITS = 1 << 24  # logits compared at a time: about 0.5 GB with all that is derived of them
 
 
@@ -59,37 +50,17 @@ class EvaluationSettings:
     dtype: str = "auto"
 
 
-@dataclass(frozen=True)
-class Window:
-    """A run of one document's tokens: each but the first is predicted from those before it."""
-
-    document: int
-    ids: list[int]
-
-
-@dataclass(frozen=True)
-class ModelRun:
-    """What is kept of a model that has been over the text.
-
-    Attributes:
-        head: final hidden states [rows, hidden_size] -> float32 logits [rows, vocab_size].
-        hidden: one [len(window) - 1, hidden_size] on the host for each window.
-    """
-
-    head: ParallelLMHead
-    hidden: list[Tensor]
-    memory_bytes: int
-    replies: tuple[str, ...]
-    seconds: float
-
-
 def evaluate(
     model: str,
     against: str | None = None,
     settings: EvaluationSettings | None = None,
     progress: Progress | None = None,
+    kv: KVFormat | None = None,
 ) -> Verdict:
     """Measure the model in folder `model`, and with `against` compare it with that one.
+
+    Args:
+        kv: of `model`; the other one's is in 16 bits (or float32).
 
     Raises:
         UserError: a folder cannot be loaded, or the two models do not share a vocabulary.
@@ -106,15 +77,19 @@ def evaluate(
         tokenizer, settings.tokens, min(settings.seqlen, config.max_position_embeddings)
     )
     folders = [folder for folder in (against, model) if folder is not None]
-    runs = [run_model(folder, windows, device, dtype, progress) for folder in folders]
+    formats = [KVFormat(), kv or KVFormat()][-len(folders) :]
+    runs = [
+        run_model(folder, windows, device, dtype, progress, form)
+        for folder, form in zip(folders, formats)
+    ]
     sums = _compare(runs, windows, device, progress)
     tokens = int(sums.counts.sum())
     measured = [
         Measured(
-            os.path.abspath(folder), float(nats.sum()) / tokens, disk_bytes(folder),
+            os.path.abspath(folder) + form.label, float(nats.sum()) / tokens, disk_bytes(folder),
             run.memory_bytes, str(dtype).removeprefix("torch."), run.replies, run.seconds,
         )
-        for folder, run, nats in zip(folders, runs, sums.nats)
+        for folder, form, run, nats in zip(folders, formats, runs, sums.nats)
     ]
     comparison = None
     if against is not None:
@@ -163,38 +138,6 @@ def heldout_windows(tokenizer: Tokenizer, tokens: int, seqlen: int) -> list[Wind
     return windows
 
 
-def run_model(
-    folder: str,
-    windows: Sequence[Window],
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> ModelRun:
-    """Load a model, run it over all windows, let it reply to the fixed prompts, let go of it."""
-    start = time.monotonic()
-    tokenizer = Tokenizer.from_folder(folder)
-    prompts = [_prompt_ids(folder, tokenizer, prompt) for prompt in PROMPTS]
-    longest = max(
-        max(len(window.ids) for window in windows), max(map(len, prompts)) + REPLY_TOKENS
-    )
-    with torch.inference_mode():
-        decoder, config = load_model(folder, dtype, device, ParallelContext(), longest)
-        caches = _kv_caches(decoder, config, longest, dtype, device)
-        name = os.path.basename(os.path.abspath(folder))
-        progress.stage(f"evaluate {name}", len(windows) + len(prompts))
-        hidden = []
-        for window in windows:
-            hidden.append(_forward(decoder, window.ids[:-1], 0, caches, device).cpu())
-            progress.step()
-        replies = []
-        for ids in prompts:
-            replies.append(tokenizer.decode(_greedy(decoder, ids, tokenizer, caches, device)))
-            progress.step()
-    return ModelRun(
-        decoder.lm_head, hidden, decoder.weight_bytes(), tuple(replies), time.monotonic() - start
-    )
-
-
 def disk_bytes(folder: str) -> int:
     """Bytes of the weights' files."""
     return sum(os.path.getsize(path) for path in {t.path for t in read_checkpoint(folder).values()})
@@ -238,74 +181,6 @@ def _check_same_vocabulary(
             "Name the model that it was quantized from.",
             field="against",
         )
-
-
-def _kv_caches(
-    decoder: Decoder, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device
-) -> list[KVCache]:
-    slots = -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
-    shape = (decoder.num_kv_heads, slots, config.head_dim)
-    return [
-        KVCache(
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device),
-        )
-        for _ in range(config.num_layers)
-    ]
-
-
-def _forward(
-    decoder: Decoder, ids: Sequence[int], start: int, caches: list[KVCache], device: torch.device
-) -> Tensor:
-    """Final hidden states [len(ids), hidden_size] of one sequence's tokens from `start` on."""
-    count, end = len(ids), start + len(ids)
-    positions = torch.arange(start, end, device=device)
-    metadata = AttentionMetadata(
-        slot_mapping=positions,
-        block_table=torch.arange(-(-end // BLOCK_SIZE), dtype=torch.int32, device=device)[None],
-        cu_seqlens_q=torch.tensor([0, count], dtype=torch.int32, device=device),
-        seq_lens_k=torch.tensor([end], dtype=torch.int32, device=device),
-        query_lens=[count],
-        seq_lens=[end],
-        kv_runs=[[(0, end)]],
-        block_size=BLOCK_SIZE,
-        num_decodes=int(count == 1),
-        max_query_len=count,
-        max_seq_len=end,
-    )
-    return decoder(torch.tensor(ids, device=device), positions, caches, metadata)
-
-
-def _greedy(
-    decoder: Decoder,
-    prompt: list[int],
-    tokenizer: Tokenizer,
-    caches: list[KVCache],
-    device: torch.device,
-) -> list[int]:
-    """The likeliest next token, again and again, up to REPLY_TOKENS or the reply's end."""
-    reply: list[int] = []
-    hidden, start = _forward(decoder, prompt, 0, caches, device), len(prompt)
-    while True:
-        token = int(decoder.compute_logits(hidden[-1:]).argmax())
-        if token in tokenizer.eos_token_ids:
-            return reply
-        reply.append(token)
-        if len(reply) == REPLY_TOKENS:
-            return reply
-        hidden, start = _forward(decoder, [token], start, caches, device), start + 1
-
-
-def _prompt_ids(folder: str, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """As a chat, if the model has a template; else as plain text."""
-    template = ChatTemplate.from_folder(folder)
-    if template.source is None:
-        return tokenizer.encode(prompt)
-    try:
-        text = template.render([{"role": "user", "content": prompt}])
-    finally:
-        template.close()
-    return tokenizer.encode(text, add_special_tokens=False)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,14 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
+from pathlib import Path
 
 import torch
 
 from backend.errors import UserError
+from backend.layers.linear import kv_heads_per_rank
+from backend.layers.parallel import ParallelContext
+from backend.models.kv_params import FILE_NAME, read_kv_params
 from backend.models.registry import read_model_config
 from backend.tokenizer import Tokenizer
 from quantize import preflight
@@ -31,7 +35,8 @@ from quantize.evaluate import (
     pick_dtype,
 )
 from quantize.export import CheckpointWriter
-from quantize.kv_qparams import write_kv_qparams
+from quantize.kv_qparams import head_params, write_kv_qparams
+from quantize.model_run import KVFormat
 from quantize.preflight import Source
 from quantize.progress import Progress, duration
 from quantize.rtn import GroupFormat
@@ -177,17 +182,35 @@ def kv_qparams(args: argparse.Namespace, progress: Progress) -> int:
             f"The calibration in {args.stats} is of a model of another shape than {args.model}.",
             "Run lite calibrate for this model, or for the one that it was quantized from.",
         )
+    kv_heads_per_rank(config.num_kv_heads, ParallelContext(0, args.num_tp))  # or it tells
+    path = Path(args.model) / FILE_NAME
+    if path.exists() and not args.overwrite:
+        raise UserError(f"{path} is there already.", "Give --overwrite to replace it.")
     layers = range(stats.info.num_blocks)
+    keys = [(stats.keys(i).min, stats.keys(i).max) for i in layers]
+    values = [(stats.values(i).min, stats.values(i).max) for i in layers]
+    params = torch.stack([
+        torch.stack([head_params(*part, args.kv_sym) for part in pair])
+        for pair in zip(keys, values)
+    ])
+    verdict = evaluate_model(
+        args.model, args.model, evaluation_settings(args), progress, KVFormat(args.kv_bits, params)
+    )
+    verdict = replace(verdict, notes=(stats.info.note,), job_seconds=progress.elapsed())
+    if not verdict.passed:
+        progress.result({"verdict": verdict.as_dict()}, f"{verdict.table()}\nNothing was written.")
+        return 1
     path = write_kv_qparams(
         args.model,
-        [(stats.keys(i).min, stats.keys(i).max) for i in layers],
-        [(stats.values(i).min, stats.values(i).max) for i in layers],
+        keys,
+        values,
         symmetric=args.kv_sym,
         num_tp=args.num_tp,
         overwrite=args.overwrite,
     )
     progress.result(
-        {"path": str(path)}, f"{path}: used by --quant-policy 8 from now on. {stats.info.note}"
+        {"path": str(path), "verdict": verdict.as_dict()},
+        f"{verdict.table()}\n{path}: used by --quant-policy 8 from now on.",
     )
     return 0
 
@@ -195,7 +218,11 @@ def kv_qparams(args: argparse.Namespace, progress: Progress) -> int:
 @command
 def evaluate(args: argparse.Namespace, progress: Progress) -> int:
     """Held-out text; exit code 1 if the model has failed."""
-    verdict = evaluate_model(args.model, args.against, evaluation_settings(args), progress)
+    kv = KVFormat()
+    if args.quant_policy:
+        config = read_model_config(args.model)
+        kv = KVFormat(args.quant_policy, read_kv_params(args.model, config, ParallelContext()))
+    verdict = evaluate_model(args.model, args.against, evaluation_settings(args), progress, kv)
     progress.result({"verdict": verdict.as_dict()}, verdict.table())
     return 0 if verdict.passed else 1
 

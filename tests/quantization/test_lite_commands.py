@@ -252,14 +252,29 @@ def test_calibrate_then_kv_qparams(here, tiny, capfd, refused):
 
     served = Path(shutil.copytree(tiny, here / "served"))
     before = bytes_of(served)
-    assert app.main(["lite", "kv_qparams", "tiny-stats", str(served), "--num-tp", "2"]) == 0
-    assert "--quant-policy 8" in capfd.readouterr().out
+    argv = ["kv_qparams", "tiny-stats", str(served), *JUDGED]
+    # Three ranks cannot share two heads; nothing is accepted by this threshold.
+    assert "tp 3" in refused(*argv, "--num-tp", "3")
+    assert app.main(["lite", *argv, "--threshold", "-1"]) == 1
+    assert "Nothing was written" in capfd.readouterr().out and bytes_of(served) == before
+    assert app.main(["lite", *argv, "--num-tp", "2"]) == 0
+    said = capfd.readouterr().out
+    assert "--quant-policy 8" in said and "served, KV in 8 bits" in said and "Passed" in said
     after = bytes_of(served)
     assert set(after) == {*before, "kv_qparams.json"}
-    assert "is there already" in refused("kv_qparams", "tiny-stats", served)
-    assert app.main(["lite", "kv_qparams", "tiny-stats", str(served), "--overwrite"]) == 0
+    assert "is there already" in refused(*argv)
+    assert app.main(["lite", *argv, "--overwrite"]) == 0
     assert "another shape" in refused("kv_qparams", "tiny-stats", DEMO)
     assert "Run lite calibrate first" in refused("kv_qparams", here / "nowhere", served)
+
+
+def test_a_quantized_kv_cache_is_measured(here, capfd):
+    losses = []
+    for bits in ("8", "4"):
+        argv = ["evaluate", DEMO, "--against", DEMO, "--quant-policy", bits, "--progress", "json"]
+        assert app.main(["lite", *argv, *JUDGED]) in (0, 1)
+        losses.append(events(capfd.readouterr().out)[-1]["verdict"]["comparison"]["mean_kl"])
+    assert 0 < losses[0] < 0.001 < losses[1] < 0.2
 
 
 def test_evaluate_says_its_verdict(tiny, capfd):
