@@ -82,7 +82,7 @@ def evaluate(
         run_model(folder, windows, device, dtype, progress, form)
         for folder, form in zip(folders, formats)
     ]
-    sums = _compare(runs, windows, device, progress)
+    sums = _compare(runs, windows, config.vocab_size, device, progress)
     tokens = int(sums.counts.sum())
     measured = [
         Measured(
@@ -194,7 +194,11 @@ class _Sums:
 
 
 def _compare(
-    runs: Sequence[ModelRun], windows: Sequence[Window], device: torch.device, progress: Progress
+    runs: Sequence[ModelRun],
+    windows: Sequence[Window],
+    vocab_size: int,
+    device: torch.device,
+    progress: Progress,
 ) -> _Sums:
     """Logits of every place, a few rows at a time, and what is to be known of them."""
     documents = sorted({window.document for window in windows})
@@ -208,7 +212,7 @@ def _compare(
             at = place[window.document]
             targets = torch.tensor(window.ids[1:], device=device)
             counts[at] += len(targets)
-            rows = max(1, LOGITS // runs[0].head.vocab_size)
+            rows = max(1, LOGITS // vocab_size)
             for start in range(0, len(targets), rows):
                 chunk = slice(start, start + rows)
                 logs = [

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
+import psutil
 import torch
 from torch import Tensor
 
 from backend.chat_template import ChatTemplate
-from backend.layers.embedding import ParallelLMHead
 from backend.layers.parallel import ParallelContext
+from backend.models.checkpoint import read_checkpoint
 from backend.models.decoder import Decoder
 from backend.models.kv_params import BITS
 from backend.models.loader import load_model
 from backend.models.model_config import ModelConfig
 from backend.tokenizer import Tokenizer
 from kernels.ops import AttentionMetadata, KVCache
+from quantize.blocks import BlockModel, HiddenStore, in_batches
+from quantize.calibrate import embed_samples
 from quantize.progress import Progress
 
 PROMPTS = ("What is the KV cache?", "Write a short story about a fox.", "请用一句话介绍你自己。")
 REPLY_TOKENS = 48
+NO_REPLY = "(does not fit into memory whole, so it was run block by block and did not reply)"
 BLOCK_SIZE = 64  # of the KV cache; the same for every device
+SHARE = 0.8  # of the free memory that weights may take; the rest is for what is computed
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,11 @@ class ModelRun:
     """What is kept of a model that has been over the text.
 
     Attributes:
-        head: final hidden states [rows, hidden_size] -> float32 logits [rows, vocab_size].
+        head: rows of `hidden`, on the device, -> float32 logits [rows, vocab_size].
         hidden: one [len(window) - 1, hidden_size] on the host for each window.
     """
 
-    head: ParallelLMHead
+    head: Callable[[Tensor], Tensor]
     hidden: list[Tensor]
     memory_bytes: int
     replies: tuple[str, ...]
@@ -77,8 +83,13 @@ def run_model(
     progress: Progress,
     kv: KVFormat,
 ) -> ModelRun:
-    """Load a model, run it over all windows, let it reply to the fixed prompts, let go of it."""
+    """Load a model, run it over all windows, let it reply to the fixed prompts, let go of it.
+
+    A model that does not fit into memory whole is run block by block, and does not reply.
+    """
     start = time.monotonic()
+    if kv.bits == 16 and weight_bytes(folder, dtype, device) > free_bytes(device) * SHARE:
+        return run_by_blocks(folder, windows, device, dtype, progress)
     tokenizer = Tokenizer.from_folder(folder)
     prompts = [_prompt_ids(folder, tokenizer, prompt) for prompt in PROMPTS]
     longest = max(
@@ -100,6 +111,64 @@ def run_model(
     return ModelRun(
         decoder.lm_head, hidden, decoder.weight_bytes(), tuple(replies), time.monotonic() - start
     )
+
+
+def run_by_blocks(
+    folder: str,
+    windows: Sequence[Window],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> ModelRun:
+    """The same for a model of which one block is in memory at a time."""
+    start = time.monotonic()
+    length = max(len(window.ids) for window in windows) - 1
+    model = BlockModel(folder, device, dtype, length + 1)
+    ids = torch.zeros(len(windows), length, dtype=torch.int64)  # what follows a text is not seen
+    for row, window in zip(ids, windows):
+        row[: len(window.ids) - 1] = torch.tensor(window.ids[:-1])
+    hidden, size = embed_samples(model, ids, progress.note)
+    progress.stage(f"evaluate {os.path.basename(os.path.abspath(folder))}", model.num_blocks)
+    for index in range(model.num_blocks):
+        size = _run_block(model, index, hidden, size, progress)
+        progress.step()
+    rows = [
+        hidden[slice(index, index + 1)][0, : len(window.ids) - 1].cpu()
+        for index, window in enumerate(windows)
+    ]
+    used = weight_bytes(folder, dtype, device)
+    return ModelRun(model.logits, rows, used, (NO_REPLY,) * len(PROMPTS), time.monotonic() - start)
+
+
+def _run_block(
+    model: BlockModel, index: int, hidden: HiddenStore, size: int, progress: Progress
+) -> int:
+    """One block over all windows in place; how many of them fitted at a time."""
+    block = model.load_block(index)
+
+    def work(batch: slice) -> None:
+        hidden[batch] = model.run(block, hidden[batch].to(model.device))
+
+    return in_batches(len(hidden), size, work, progress.note)
+
+
+def weight_bytes(folder: str, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of the weights of a checkpoint, loaded whole to compute in `dtype` on `device`."""
+    total = 0
+    for name, info in read_checkpoint(folder).items():
+        count = prod(info.shape)
+        if name.endswith(".qweight"):  # only a GPU keeps 4 bits
+            total += 4 * count if device.type == "cuda" else 8 * count * dtype.itemsize
+        else:
+            total += count * (1 if info.dtype == "I8" else dtype.itemsize)
+    return total
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def _kv_caches(

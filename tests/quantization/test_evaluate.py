@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import app
 from backend.errors import UserError
 from backend.tokenizer import Tokenizer
+from quantize import model_run
 from quantize.evaluate import EvaluationSettings, evaluate, heldout_windows
 from quantize.progress import Progress
 from quantize.verdict import VERDICT_FILE, Comparison, Measured, bootstrap, judge
@@ -74,6 +75,18 @@ def test_replies_are_those_of_transformers(tiny):
     made = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False)
     assert verdict.model.replies[0] == tokenizer.decode(made[0, ids.shape[1]:].tolist())
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_model_that_does_not_fit_is_run_block_by_block(tiny, monkeypatch, quantized):
+    if quantized:
+        quantize_checkpoint(tiny)
+    whole = evaluate(str(tiny), settings=FEW, progress=quiet())
+    monkeypatch.setattr(model_run, "free_bytes", lambda device: 1000)
+    parts = evaluate(str(tiny), settings=FEW, progress=quiet())
+    assert parts.model.nats == pytest.approx(whole.model.nats, abs=1e-5)
+    assert parts.model.replies == (model_run.NO_REPLY,) * 3
+    assert parts.model.memory_bytes == pytest.approx(whole.model.memory_bytes, rel=0.35)
 
 
 def test_a_model_against_itself(tiny):
