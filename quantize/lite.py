@@ -146,7 +146,9 @@ def judge_and_publish(
 ) -> int:
     """Measure a finished checkpoint, then give it its name: NAME, or NAME.failed."""
     seconds = progress.elapsed()
-    verdict = evaluate_model(str(writer.folder), args.model, evaluation_settings(args), progress)
+    # Not --dtype: what a job may compute in, a 4-bit model may not (float32 on a GPU).
+    settings = replace(evaluation_settings(args), dtype="auto")
+    verdict = evaluate_model(str(writer.folder), args.model, settings, progress)
     name = writer.target.name if verdict.passed else free_name(f"{writer.target}.failed")
     folder = str(writer.target.with_name(name))
     verdict = replace(
