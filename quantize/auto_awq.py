@@ -50,7 +50,7 @@ def auto_awq(
         progress: told each block and its mean relative loss.
         batch_size: samples at a time; 0 takes what is usual, and less where memory ends.
         overwrite: replace what is there.
-        spill_folder: where hidden states go that memory does not hold.
+        spill_folder: where hidden states go that memory does not hold; by default beside `target`.
 
     Returns:
         The finished checkpoint, which can be judged at `folder`, and then published.
@@ -80,7 +80,9 @@ def auto_awq(
         form.check(layer_name, layer.in_features)
     del first
     writer = CheckpointWriter(source, target, awq_config(form), job, overwrite)
-    hidden, size = embed_samples(model, samples.ids, progress.note, batch_size, spill_folder)
+    hidden, size = embed_samples(
+        model, samples.ids, progress.note, batch_size, spill_folder or writer.target.parent
+    )
     done = writer.blocks_done()
     if done:
         progress.note(f"Going on after block {done}: an earlier run finished the ones before.")

@@ -30,30 +30,33 @@ def round_compensated(
     """
     columns = weight.shape[1]
     damped = gram * (tokens / (columns + tokens))
-    damped.diagonal().copy_(gram.diagonal())
-    damped.diagonal().add_(DAMPING * float(gram.diagonal().mean()) + 1e-12)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True)
-    left = weight.clone()
-    q = torch.empty_like(nearest.q)
-    scales, zeros = nearest.scales.float(), nearest.zeros.float()
+    own = gram.diagonal()
+    damped.diagonal().copy_(own + DAMPING * own.mean() + 1e-12)
+    # Upper triangular with factorᵀ factor = the inverse: from the last column to the first, a
+    # Cholesky factor of the matrix itself, so that it is inverted only once.
+    flipped = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    identity = torch.eye(columns, device=weight.device)
+    factor = torch.linalg.solve_triangular(flipped, identity, upper=True)
+    # Columns as rows from here on, so that one lies in one piece of memory.
+    left = weight.t().contiguous()
+    q = torch.empty_like(left, dtype=torch.uint8)
+    scales, zeros = nearest.scales.float().t().contiguous(), nearest.zeros.float().t().contiguous()
     for start in range(0, columns, COLUMNS):
         stop = min(start + COLUMNS, columns)
-        errors = torch.empty(weight.shape[0], stop - start, device=weight.device)
+        errors = torch.empty_like(left[start:stop])
         for column in range(start, stop):
             group = column // form.group_size
-            scale, zero = scales[:, group], zeros[:, group]
-            level = ((left[:, column] / scale).round() + zero).clamp(0, form.levels)
-            q[:, column] = level.to(torch.uint8)
-            error = (left[:, column] - (level - zero) * scale) / factor[column, column]
-            left[:, column:stop] -= error[:, None] * factor[column, column:stop]
-            errors[:, column - start] = error
-        left[:, stop:] -= errors @ factor[start:stop, stop:]
-    compensated = GroupQuantized(q, nearest.scales, nearest.zeros)
+            scale, zero = scales[group], zeros[group]
+            level = ((left[column] / scale).round_() + zero).clamp_(0, form.levels)
+            q[column] = level
+            error = (left[column] - (level - zero) * scale) / factor[column, column]
+            left[column:stop] -= factor[column, column:stop, None] * error
+            errors[column - start] = error
+        left[stop:] -= factor[start:stop, stop:].t() @ errors
+    compensated = GroupQuantized(q.t().contiguous(), nearest.scales, nearest.zeros)
     keep = _loss(compensated, weight, gram) >= _loss(nearest, weight, gram)
-    return GroupQuantized(
-        torch.where(keep[:, None], nearest.q, q), nearest.scales, nearest.zeros
-    )
+    q = torch.where(keep[:, None], nearest.q, compensated.q)
+    return GroupQuantized(q, nearest.scales, nearest.zeros)
 
 
 def _loss(quantized: GroupQuantized, weight: Tensor, gram: Tensor) -> Tensor:

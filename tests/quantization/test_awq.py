@@ -96,6 +96,19 @@ def test_planted_outliers():
     assert everything < 0.15 * nearest
 
 
+def test_compensation_alone():
+    """Correlated inputs: what one column lost, the next ones make up for."""
+    generator = torch.Generator().manual_seed(11)
+    x = torch.randn(2048, 16, generator=generator) @ torch.randn(16, 128, generator=generator)
+    x += torch.randn(2048, 128, generator=generator) * 0.3
+    weight, form = matrix(12, 32, 128), GroupFormat(4, 32)
+    nearest = total(quantize(weight, form).dequantize() - weight, x)
+    assert awq_loss(weight, x, SearchSettings(form, False, False, True)) < 0.3 * nearest
+    few = x[:20]  # fewer tokens than channels: the second moment has no inverse
+    nearest = total(quantize(weight, form).dequantize() - weight, few)
+    assert awq_loss(weight, few, SearchSettings(form, False, False, True)) <= nearest
+
+
 def test_parts_that_share_inputs_share_scales():
     x = inputs_of(5, 64, 3, 30.0)
     weights = [matrix(6, 16, 64), matrix(7, 8, 64)]
