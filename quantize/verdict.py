@@ -169,9 +169,10 @@ def judge(
             )
     else:
         passed = comparison.loss <= threshold and math.isfinite(comparison.mean_kl)
+        how = "better" if comparison.loss < 0 else "worse"
         cost = (
-            f"{_nats(comparison.loss)} nats a token worse than the original (95 % interval "
-            f"{_nats(comparison.low)} to {_nats(comparison.high)}), perplexity "
+            f"{_nats(abs(comparison.loss))} nats a token {how} than the original (95 % interval of "
+            f"the loss {_nats(comparison.low)} to {_nats(comparison.high)}), perplexity "
             f"{against.perplexity:.2f} to {model.perplexity:.2f}, and it agrees on "
             f"{100 * comparison.top1_agreement:.1f} % of the tokens"
         )
