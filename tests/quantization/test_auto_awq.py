@@ -19,6 +19,7 @@ from backend.models.registry import read_model_config
 from backend.tokenizer import Tokenizer
 from quantize.auto_awq import auto_awq
 from quantize.awq import SearchSettings
+from quantize.blocks import BlockModel
 from quantize.data import Samples, load_samples
 from quantize.progress import Progress
 from quantize.rtn import GroupFormat
@@ -167,6 +168,25 @@ def test_batches_do_not_change_the_result_much(tmp_path, tiny):
     parts = run_tiny(tiny, tmp_path / "b", batch_size=1).folder
     ids = torch.arange(30)
     torch.testing.assert_close(read_logits(whole, ids), read_logits(parts, ids), atol=0.5, rtol=0)
+
+
+def test_memory_that_ends_in_the_middle_of_a_batch_changes_nothing(tmp_path, tiny, monkeypatch):
+    expected = digests(run_tiny(tiny, tmp_path / "expected", batch_size=2).publish())
+    original = BlockModel.run
+
+    def run_small(self, block, hidden):
+        output = original(self, block, hidden)  # its inputs have been observed
+        if len(hidden) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return output
+
+    monkeypatch.setattr(BlockModel, "run", run_small)
+    notes: list[str] = []
+    progress = Progress("text", stream=open("/dev/null", "w"))
+    progress.note = notes.append  # type: ignore[method-assign]
+    found = run_tiny(tiny, tmp_path / "found", progress, batch_size=4).publish()
+    assert digests(found) == expected
+    assert len([note for note in notes if "with 2 sample" in note]) == 1
 
 
 def test_refusals(tmp_path, tiny):
