@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -158,11 +159,18 @@ def judge_and_publish(
         job_seconds=seconds,
     )
     verdict.write(str(writer.folder))
+    if holds_stats_only(str(writer.target)):
+        shutil.copyfile(writer.target / STATS_FILE, writer.folder / STATS_FILE)
     writer.publish(name)
     progress.result(
         {"path": folder, "verdict": verdict.as_dict()}, f"{verdict.table()}\n{folder}"
     )
     return 0 if verdict.passed else 1
+
+
+def holds_stats_only(folder: str) -> bool:
+    """Whether it is what `lite calibrate` left, as when a tutorial names one folder for both."""
+    return os.path.isdir(folder) and os.listdir(folder) == [STATS_FILE]
 
 
 def free_name(path: str) -> str:
@@ -262,6 +270,8 @@ def _prepare(
     args: argparse.Namespace, source: Source, target: str, bits: float, progress: Progress
 ) -> tuple[torch.device, torch.dtype, Samples]:
     """All that is checked before work on a checkpoint of `bits` a weight, and its text."""
+    if holds_stats_only(target):
+        args.overwrite = True  # nothing is lost: `judge_and_publish` takes them along
     preflight.check_target(target, args.model, args.overwrite)
     preflight.check_space(target, source.bytes_of(bits))
     _check_memory(args, source)

@@ -268,6 +268,19 @@ def test_calibrate_then_kv_qparams(here, tiny, capfd, refused):
     assert "Run lite calibrate first" in refused("kv_qparams", here / "nowhere", served)
 
 
+@pytest.mark.parametrize("threshold, name", [("100", "work"), ("-10", "work.failed")])
+def test_one_folder_for_calibrate_and_auto_awq(here, tiny, threshold, name):
+    """As the tutorials have it."""
+    assert app.main(["lite", "calibrate", str(tiny), *SMALL, "--work-dir", "work"]) == 0
+    stats = bytes_of(here / "work")
+    argv = ["lite", "auto_awq", str(tiny), *SMALL, *JUDGED, "--work-dir", "work"]
+    assert app.main([*argv, "--threshold", threshold]) == (0 if name == "work" else 1)
+    for folder in ("work", name):
+        assert stats.items() <= bytes_of(here / folder).items()
+    assert (here / name / "verdict.json").exists()
+    assert sorted(path.name for path in here.iterdir()) == sorted({"work", name})
+
+
 def test_a_quantized_kv_cache_is_measured(here, capfd):
     losses = []
     for bits in ("8", "4"):
