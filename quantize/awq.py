@@ -222,7 +222,11 @@ def quantize_block(
     layers = linears(block)
     names = {module: name for name, module in block.named_modules()}
     weights = {name: _weight(layer) for name, layer in layers.items()}
-    biases = {name: layer.bias.float() for name, layer in layers.items() if layer.bias is not None}
+    biases = {
+        name: layer.bias.float().clone()
+        for name, layer in layers.items()
+        if layer.bias is not None
+    }
     norms = {
         name: module.weight.detach().to(dtype)
         for name, module in block.named_modules()

@@ -182,7 +182,10 @@ def test_scales_move_without_changing_the_block(tmp_path, family, overrides):
         expected = model.run(block, hidden)
     for moment in moments.values():
         moment.finish()
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     quantized = quantize_block(block, moments, SearchSettings(GroupFormat(8, 32)), torch.float32)
+    for name, tensor in block.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} of the block was changed"
     moved = [n for n, w in quantized.norms.items() if not torch.equal(w, norm_of(block, n))]
     assert moved == ["input_layernorm", "post_attention_layernorm"]
     with torch.no_grad():
