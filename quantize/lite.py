@@ -85,7 +85,9 @@ def calibrate(args: argparse.Namespace, progress: Progress) -> int:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, args.model)
     settings = calibration_settings(args)
-    stats = observe_model(args.model, settings, device, dtype, progress)
+    # Beside the result: the system's folder for temporary files may be memory itself.
+    beside = os.path.dirname(os.path.abspath(folder))
+    stats = observe_model(args.model, settings, device, dtype, progress, beside)
     save_stats(stats, path, args.overwrite)
     progress.result(
         {"path": path, "note": stats.info.note, "seconds": progress.elapsed()},

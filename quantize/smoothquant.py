@@ -272,7 +272,7 @@ def smooth_quant(
         progress: told each block and its mean relative loss.
         batch_size: samples at a time; 0 takes what is usual, and less where memory ends.
         overwrite: replace what is there.
-        spill_folder: where hidden states go that memory does not hold.
+        spill_folder: where hidden states go that memory does not hold; by default beside `target`.
 
     Returns:
         The finished checkpoint, which can be judged at `folder`, and then published.
@@ -297,7 +297,9 @@ def smooth_quant(
         "dtype": str(dtype).removeprefix("torch."),
     }
     writer = CheckpointWriter(source, target, QUANTIZATION_CONFIG, job, overwrite)
-    hidden, size = embed_samples(model, samples.ids, progress.note, batch_size, spill_folder)
+    hidden, size = embed_samples(
+        model, samples.ids, progress.note, batch_size, spill_folder or writer.target.parent
+    )
     stored_dtype: torch.dtype = getattr(torch, model.config.dtype)
     done = 0
     while done < model.num_blocks and writer.finished(done) is not None:
