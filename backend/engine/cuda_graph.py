@@ -53,12 +53,11 @@ class DecodeSteps:
     ) -> None:
         self._forward = forward
         self._last_drawn = last_drawn
-        self._capture = capture
         self._block_size = block_size
         self._batch_invariant = batch_invariant
         self._pool = torch.cuda.graph_pool_handle() if capture else None
         # One for all, since cuBLAS keeps a workspace for every stream that it was used on.
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream() if capture else None
         # One for all sizes too: as each graph's own result they would add up.
         self._logits = torch.empty(
             len(last_drawn), vocab_size, dtype=torch.float32, device=last_drawn.device
@@ -73,7 +72,6 @@ class DecodeSteps:
         start = time.perf_counter()
         for size in reversed(self._sizes):  # the largest first: others' passing needs fit into it
             self._step(size)
-        torch.cuda.synchronize()
         return time.perf_counter() - start
 
     def run(self, step: StepInput) -> Tensor:
@@ -110,7 +108,7 @@ class DecodeSteps:
             max_seq_len=self._max_blocks * self._block_size,
             batch_invariant=self._batch_invariant,
         )
-        if self._capture:
+        if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):  # kernels are compiled, workspaces made here
                 self._compute(step)
@@ -150,7 +148,8 @@ class _Step:
         total = longs + floats + ints
         on_device = torch.zeros(total, dtype=torch.uint8, device=device)
         # Two on the host, because the copy of one may still wait behind the step before.
-        self._hosts = [torch.zeros(total, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        pinned = device.type == "cuda"
+        self._hosts = [torch.zeros(total, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self._device = on_device
 
         def views(buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +209,8 @@ class _Step:
         return length == len(blocks) and (known is blocks or known == blocks)
 
     def _send(self, values: list[int] | list[list[int]], rows: int | slice, width: int) -> None:
-        fresh = torch.tensor(values, dtype=torch.int32).pin_memory()
+        fresh = torch.tensor(values, dtype=torch.int32)
+        fresh = fresh.pin_memory() if self.block_table.is_cuda else fresh
         self.block_table[rows, :width].copy_(fresh, non_blocking=True)
 
     def _padded(self, *rows: Items[float], padding: tuple[float, ...]) -> Tensor:

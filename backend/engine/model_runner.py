@@ -158,9 +158,16 @@ class ModelRunner:
             return Launched(self._draw_on_host(logits, sequences))
         if sequences is None or not self.max_ahead:
             return Launched([])
-        tokens = torch.empty(len(sequences), dtype=torch.int64, pin_memory=True)
-        tokens.copy_(self._last_drawn[: len(sequences)], non_blocking=True)
-        # Of a prompt's middle piece too, so that the host never runs further ahead than a step.
+        return self._fetch(len(sequences))
+
+    def _fetch(self, count: int) -> Launched:
+        """The drawn tokens on their way to the host.
+
+        Of a prompt's middle piece too, which has none, so that the host never runs further ahead
+        than a step.
+        """
+        tokens = torch.empty(count, dtype=torch.int64, pin_memory=True)
+        tokens.copy_(self._last_drawn[:count], non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
         return Launched([], tokens, arrived)
@@ -200,7 +207,7 @@ class ModelRunner:
 
     def _metadata(self, step: StepInput) -> AttentionMetadata:
         """A CPU reads the host's lists, so it is spared the tensors that say the same."""
-        on_gpu = self.device.type != "cpu"
+        on_gpu = bool(self.max_ahead)
         starts, width = [0], max(map(len, step.block_tables)) if on_gpu else 0
         for length in step.query_lens:
             starts.append(starts[-1] + length)
