@@ -17,7 +17,7 @@ test: $(VENV)/.dev
 
 # On a machine with an NVIDIA GPU; uses PYTHON as it is, and installs nothing.
 test-gpu:
-	$(PYTHON) -m pytest $$($(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8) tests/gpu tests/ops
+	$(PYTHON) -m pytest $$($(PYTHON) -c "import xdist" 2>/dev/null && printf '%s' '-n 8') tests/gpu tests/ops
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

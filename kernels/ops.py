@@ -76,6 +76,9 @@ class AttentionMetadata:
     derived: dict[str, Any] = field(default_factory=dict)
 
 
+# Bytes of 16-bit KV that attention of prompts may make of a quantized pool, to read it faster.
+LARGEST_KV_COPY = 512 << 20
+
 # Device type -> the module with its own forms of some ops.
 OWN_FORMS = {"cpu": "kernels.cpu", "cuda": "kernels.gpu"}
 

@@ -14,7 +14,7 @@ from backend.errors import UserError
 from backend.layers.parallel import ParallelContext
 from backend.models.kv_params import BITS, FILE_NAME, read_kv_params
 from backend.models.model_config import ModelConfig
-from kernels.ops import KVCache
+from kernels.ops import LARGEST_KV_COPY, KVCache
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +105,14 @@ def allocate(shape: KVShape, num_slots: int, device: torch.device) -> list[KVCac
     ]
 
 
-def prefill_copy_bytes(shape: KVShape, session_len: int) -> int:
+def prefill_copy_bytes(shape: KVShape, tokens: int) -> int:
     """Bytes of the 16-bit copy of one layer's quantized KV that attention of prompts may make.
 
-    `kernels.gpu.prefill_attention` copies what a step's sequences have, up to half a GB.
+    `tokens`: that all sequences of a step can have together.
     """
     if not shape.quant_policy:
         return 0
-    return min(4 * session_len * shape.num_kv_heads * shape.head_dim, 512 << 20)
+    return min(4 * tokens * shape.num_kv_heads * shape.head_dim, LARGEST_KV_COPY)
 
 
 def free_memory(device: torch.device) -> int:

@@ -274,7 +274,7 @@ class ModelRunner:
         largest, graphs = (self._peak(size, config, longest) for size in sizes)
         self.kv_caches = []
         logits = 4 * config.max_batch_size * self.model.config.vocab_size
-        copies = kv_cache.prefill_copy_bytes(shape, longest)
+        copies = kv_cache.prefill_copy_bytes(shape, most)
         # A little more than seen: the allocator's blocks are not always filled to the brim.
         return int(1.1 * (largest + graphs)) + logits + copies + (64 << 20)
 

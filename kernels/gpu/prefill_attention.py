@@ -33,9 +33,7 @@ from kernels.gpu.launch import (
     supports_pdl,
     wait_for_predecessor,
 )
-from kernels.ops import AttentionMetadata, KVCache
-
-LARGEST_COPY = 512 * 2**20  # bytes of dequantized KV
+from kernels.ops import LARGEST_KV_COPY, AttentionMetadata, KVCache
 
 
 @triton.jit
@@ -210,7 +208,7 @@ def prefill_attention(
     if unpack_first is None:
         # Not for invariant bits: that would depend on the others' lengths.
         unpack_first = not metadata.batch_invariant and longest * group >= 256
-    if cache.bits < 16 and unpack_first and copied <= LARGEST_COPY:
+    if cache.bits < 16 and unpack_first and copied <= LARGEST_KV_COPY:
         cache, metadata = dequantized(q, cache, metadata, first_sequence)
     dtype = dot_dtype(q, cache)
     block_m, block_n, warps, stages = config or _config(

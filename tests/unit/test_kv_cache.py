@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from backend.config import EngineConfig
-from backend.engine.kv_cache import KVShape, allocate, plan_blocks, usable_session_len
+from backend.engine.kv_cache import (
+    KVShape,
+    allocate,
+    plan_blocks,
+    prefill_copy_bytes,
+    usable_session_len,
+)
 from backend.errors import UserError
 
 LLAMA_7B = KVShape(32, 32, 128, torch.float16, 0)
@@ -78,3 +84,10 @@ def test_conversations_are_as_long_as_the_pool_lets_them():
     assert usable_session_len(5, 64, 500) == 320
     with pytest.raises(UserError):
         usable_session_len(1, 8, 500)
+
+
+def test_the_copy_of_quantized_kv_is_of_all_sequences_up_to_a_bound():
+    shape = KVShape(32, 8, 128, torch.float16, 8)
+    assert prefill_copy_bytes(LLAMA_7B, 10**9) == 0
+    assert prefill_copy_bytes(shape, 3 * 40960) == 3 * 40960 * 8 * 128 * 2 * 2
+    assert prefill_copy_bytes(shape, 10**9) == 512 << 20
