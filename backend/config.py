@@ -7,6 +7,7 @@ Command line, validation, the page's forms and the docs are projections of these
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import types
 import typing
@@ -16,6 +17,9 @@ from typing import Any, TypeVar
 from backend.errors import UserError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+KV_CACHE_BITS = {"int8": 8, "int4": 4}  # of an element, by its name in `kv_cache_dtype`
 
 
 def option(
@@ -74,6 +78,11 @@ class EngineConfig:
         "KV cache: 0 in the model's number format, 8 in int8, 4 in int4, scaled by token and head",
         choices=(0, 4, 8),
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "KV cache by name, instead of quant_policy: int8 or int4; auto does as quant_policy says",
+        choices=("auto", *KV_CACHE_BITS),
+    )
     cache_block_seq_len: int = option(
         64, "tokens in one KV block, the unit of prefix reuse", choices=(8, 16, 32, 64, 128, 256)
     )
@@ -82,6 +91,21 @@ class EngineConfig:
     batch_invariant: bool = option(
         False, "the same reply to the bit whatever else runs beside it; slower"
     )
+
+    def __post_init__(self) -> None:
+        named = KV_CACHE_BITS.get(self.kv_cache_dtype)
+        if named and self.quant_policy not in (0, named):
+            raise UserError(
+                f"kv_cache_dtype {self.kv_cache_dtype} and quant_policy {self.quant_policy} ask "
+                "for different KV caches.",
+                "Give only one of them.",
+                field="kv_cache_dtype",
+            )
+
+    @property
+    def kv_cache_bits(self) -> int:
+        """8 or 4 of an element of the KV cache; 0 means the model's own number format."""
+        return KV_CACHE_BITS.get(self.kv_cache_dtype, self.quant_policy)
 
 
 @dataclass(frozen=True)
@@ -145,6 +169,26 @@ class ServerConfig:
         None, "name of the model in the API; default: its folder's name"
     )
     root_path: str = option("", "path prefix when behind a proxy that adds one")
+
+
+def workspace_kv_cache_dtype(quant_policy: int) -> str:
+    """The `kv_cache_dtype` that `quant_policy` of a workspace's config.ini means.
+
+    4 is int8 there, as the tutorials have it (LMDeploy up to 0.3, where it was a bit flag); in
+    EngineConfig, and in LMDeploy since 0.4, it is int4.
+
+    Raises:
+        UserError: neither 0, 4 nor 8.
+    """
+    if quant_policy not in (0, 4, 8):
+        raise UserError(
+            f"quant_policy must be one of 0, 4, 8, not {quant_policy!r}.",
+            "In a workspace 4 and 8 are int8; for int4 say kv_cache_dtype = int4.",
+            field="quant_policy",
+        )
+    if quant_policy == 4:
+        log.warning("quant_policy 4 of a workspace means int8; for int4 say kv_cache_dtype = int4.")
+    return "int8" if quant_policy else "auto"
 
 
 def base_type(annotation: Any) -> tuple[Any, bool]:

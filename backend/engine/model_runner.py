@@ -86,7 +86,7 @@ class ModelRunner:
         )
         shape = KVShape(
             model_config.num_layers, self.model.num_kv_heads, model_config.head_dim, dtype,
-            config.quant_policy, kv_cache.static_params(config, model_config, parallel),
+            config.kv_cache_bits, kv_cache.static_params(config, model_config, parallel),
         )  # fmt: skip
         self._decode_steps: DecodeSteps | None = None
         self.kv_caches: list[KVCache] = []

@@ -214,6 +214,7 @@ def test_the_engine_uses_them(tmp_path, quant_policy, tolerance, symmetric, capl
             (folder / file.name).symlink_to(file)
     text = [300 + 7 * i + j for i in range(4) for j in range(12)]
     online = top_logprobs(folder, text, quant_policy=quant_policy)
+    assert online == top_logprobs(folder, text, kv_cache_dtype=f"int{quant_policy}")
     plain = top_logprobs(folder, text)
     keys, values = observed(folder, torch.tensor([text]))
     write_kv_qparams(folder, keys, values, symmetric=symmetric)

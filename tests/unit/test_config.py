@@ -19,6 +19,7 @@ from backend.config import (
     from_namespace,
     reference_page,
     validate,
+    workspace_kv_cache_dtype,
 )
 from backend.errors import UserError
 
@@ -126,6 +127,27 @@ def test_wrong_values_are_named(field, value):
 def test_choices_are_named():
     with pytest.raises(UserError, match="float32, bfloat16, float16"):
         validate(EngineConfig(dtype="int7"))
+
+
+def test_kv_caches_by_name_and_by_number():
+    def bits(**given) -> int:
+        return EngineConfig(**given).kv_cache_bits
+
+    assert (bits(), bits(quant_policy=8), bits(quant_policy=4)) == (0, 8, 4)
+    assert (bits(kv_cache_dtype="int8"), bits(kv_cache_dtype="int4")) == (8, 4)
+    assert bits(kv_cache_dtype="int4", quant_policy=4) == 4
+    with pytest.raises(UserError, match="int8 and quant_policy 4 ask for different KV") as caught:
+        EngineConfig(kv_cache_dtype="int8", quant_policy=4)
+    assert caught.value.field == "kv_cache_dtype"
+
+
+def test_quant_policy_of_a_workspace_means_int8(caplog):
+    """As the tutorials have it."""
+    assert [workspace_kv_cache_dtype(policy) for policy in (0, 8)] == ["auto", "int8"]
+    assert not caplog.text
+    assert workspace_kv_cache_dtype(4) == "int8" and "means int8" in caplog.text
+    with pytest.raises(UserError, match="must be one of 0, 4, 8, not 3"):
+        workspace_kv_cache_dtype(3)
 
 
 def test_the_docs_page_is_as_generated():
