@@ -82,7 +82,7 @@ def evaluate(
         run_model(folder, windows, device, dtype, progress, form)
         for folder, form in zip(folders, formats)
     ]
-    sums = _compare(runs, windows, config.vocab_size, device, progress)
+    sums = compare(runs, windows, config.vocab_size, device, progress)
     tokens = int(sums.counts.sum())
     measured = [
         Measured(
@@ -184,23 +184,27 @@ def _check_same_vocabulary(
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Over all tokens, or one a document where it says [documents]; float64."""
+class Sums:
+    """Over all tokens, or one a document (in the order of their numbers) where it says so."""
 
-    counts: Tensor  # [documents]
-    nats: list[Tensor]  # [documents], one a model
+    counts: Tensor  # float64 [documents]
+    nats: list[Tensor]  # float64 [documents], one a model
     divergence: float  # KL(first || second)
     agreed: int
 
 
-def _compare(
+def compare(
     runs: Sequence[ModelRun],
     windows: Sequence[Window],
     vocab_size: int,
     device: torch.device,
     progress: Progress,
-) -> _Sums:
-    """Logits of every place, a few rows at a time, and what is to be known of them."""
+) -> Sums:
+    """Logits of every place, a few rows at a time, and what is to be known of them.
+
+    Args:
+        runs: of one model or two over `windows`; divergence and agreement are of two.
+    """
     documents = sorted({window.document for window in windows})
     place = {document: index for index, document in enumerate(documents)}
     counts = torch.zeros(len(documents), dtype=torch.float64)
@@ -227,4 +231,4 @@ def _compare(
                     divergence += float(kl.double().sum())
                     agreed += int((first.argmax(-1) == second.argmax(-1)).sum())
             progress.step()
-    return _Sums(counts, nats, divergence, agreed)
+    return Sums(counts, nats, divergence, agreed)
