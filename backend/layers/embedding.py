@@ -67,22 +67,29 @@ class ParallelLMHead(nn.Module):
     Args:
         table: the weights; the embedding itself if the two are tied. On a CPU the head then keeps
             a copy, in the layout that it multiplies fastest.
+        normalized: divide each row of the table by its L2 norm (Baichuan 2's NormHead).
     """
 
     table: VocabParallelEmbedding | None
 
-    def __init__(self, table: VocabParallelEmbedding, context: BuildContext) -> None:
+    def __init__(
+        self, table: VocabParallelEmbedding, context: BuildContext, normalized: bool = False
+    ) -> None:
         super().__init__()
         self.parallel = context.parallel
         self.method = UnquantizedMethod()
         self.batch_invariant = context.batch_invariant
         self.vocab_size = table.vocab_size
         self.table = table
+        self.normalized = normalized
 
     def process_weights_after_loading(self) -> None:
         """Call once, when the table is filled."""
         assert self.table is not None
         self.weight = self.table.weight
+        if self.normalized:
+            rows = F.normalize(self.weight.float()).to(self.weight.dtype)
+            self.weight = nn.Parameter(rows, requires_grad=False)
         self.table = None  # if it is the head's own, this frees the layout that loading needed
         self.method.process_weights_after_loading(self)
 

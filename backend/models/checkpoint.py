@@ -12,6 +12,10 @@ import stat
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
 from backend.errors import UserError
 from backend.models.model_config import read_json_object
 
@@ -28,13 +32,47 @@ REFUSED = {
 DOWNLOAD_AGAIN = "Download the model again."
 
 
+Runs = tuple[tuple[int, int], ...]  # (first, how many), one run after another
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """What a header says of one tensor, or of a part of one (see backend.models.layout).
 
-    path: str  # of the file that holds it
-    dtype: str  # as safetensors spells it, such as BF16
+    Attributes:
+        path: of the file that holds it.
+        dtype: as safetensors spells it, such as BF16.
+        shape: of the part, if it is one.
+        name: of the tensor in the file.
+        runs: of a part, what it takes of the stored tensor along `dim`; None takes all.
+        dim: see runs.
+    """
+
+    path: str
+    dtype: str
     shape: tuple[int, ...]
+    name: str
+    runs: Runs | None = None
+    dim: int = 0
+
+
+def read_tensor(
+    file: safe_open, info: TensorInfo, source: tuple[slice, ...] | None = None
+) -> Tensor:
+    """A tensor of an open file, or `source` of it: one slice with both ends a dimension."""
+    stored = file.get_slice(info.name)
+    source = source or tuple(slice(0, size) for size in info.shape)
+    if info.runs is None:
+        return stored[source]
+    wanted, dim, at = source[info.dim], info.dim, 0
+    pieces = []
+    for start, length in info.runs:
+        first, last = max(wanted.start - at, 0), min(wanted.stop - at, length)
+        if first < last:
+            here = slice(start + first, start + last)
+            pieces.append(stored[(*source[:dim], here, *source[dim + 1 :])])
+        at += length
+    return torch.cat(pieces, dim)
 
 
 def read_checkpoint(folder: str) -> dict[str, TensorInfo]:
@@ -161,7 +199,7 @@ def _entry(path: str, tensor: str, entry: Any) -> tuple[TensorInfo, int]:
             f"{os.path.basename(path)} has a damaged header: bad entry for {tensor:.200}.",
             DOWNLOAD_AGAIN,
         ) from error
-    return TensorInfo(path, dtype, tuple(shape)), last
+    return TensorInfo(path, dtype, tuple(shape), tensor), last
 
 
 def _truncated(name: str, actual: int, expected: int) -> UserError:

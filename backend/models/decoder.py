@@ -1,11 +1,12 @@
 """The one decoder: a pre-norm transformer with rotary positions and a gated MLP.
 
-A family (llama.py, qwen2.py, ...) is a subclass that sets flags, and overrides a block only where
-its mathematics differ.
+A family (llama.py, qwen2.py, ...) is a subclass that sets flags, names its checkpoints' tensors
+where they have other names than Llama's, and overrides a block only where its mathematics differ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ from backend.layers.linear import (
 from backend.layers.linear_method import WeightSlot
 from backend.layers.norm import RMSNorm
 from backend.layers.rotary import RotaryEmbedding
+from backend.models.layout import LLAMA, Layout
 from backend.models.model_config import ConfigFields, ModelConfig
 from kernels.ops import AttentionMetadata, KVCache
 
@@ -186,8 +188,12 @@ class Decoder(nn.Module):
         num_kv_heads: on this rank, which is how many the KV pools have.
     """
 
+    model_type: ClassVar[str]  # as config.json has it
     # If config.json has none; None means hidden_size / num_attention_heads.
     default_head_dim: ClassVar[int | None] = None
+    # Keys of config.json that are the family's own: usual key -> the family's.
+    spellings: ClassVar[Mapping[str, str]] = {}
+    layout: ClassVar[Layout] = LLAMA
 
     def __init__(self, config: ModelConfig, session_len: int, context: BuildContext) -> None:
         super().__init__()
@@ -209,7 +215,7 @@ class Decoder(nn.Module):
             table = VocabParallelEmbedding(
                 config.vocab_size, config.hidden_size, "lm_head", context
             )
-        self.lm_head = ParallelLMHead(table, context)
+        self.lm_head = ParallelLMHead(table, context, config.normalized_head)
 
     @classmethod
     def configure(cls, config: ModelConfig, fields: ConfigFields) -> ModelConfig:
@@ -247,7 +253,7 @@ class Decoder(nn.Module):
         return self.lm_head(hidden)
 
     def weight_slots(self) -> dict[str, WeightSlot]:
-        """Where each tensor of a checkpoint goes, by its name there."""
+        """Where each tensor of a checkpoint goes, by the name that Llama's have."""
         slots: dict[str, WeightSlot] = {}
         for module in self.modules():
             if isinstance(module, (LinearLayer, RMSNorm, VocabParallelEmbedding)):

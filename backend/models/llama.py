@@ -11,6 +11,8 @@ from backend.models.model_config import ConfigFields, ModelConfig
 class LlamaForCausalLM(Decoder):
     """Biases only where config.json asks for them; the output projection follows Q, K and V."""
 
+    model_type = "llama"
+
     @classmethod
     def configure(cls, config: ModelConfig, fields: ConfigFields) -> ModelConfig:
         bias = fields.boolean("attention_bias", False)

@@ -25,7 +25,12 @@ from backend.layers.methods.awq import AWQMethod
 from backend.layers.methods.smoothquant import SmoothQuantMethod
 from backend.layers.methods.unquantized import UnquantizedMethod
 from backend.layers.parallel import ParallelContext
-from backend.models.checkpoint import DOWNLOAD_AGAIN, TensorInfo, read_checkpoint
+from backend.models.checkpoint import (
+    DOWNLOAD_AGAIN,
+    TensorInfo,
+    read_checkpoint,
+    read_tensor,
+)
 from backend.models.decoder import Decoder
 from backend.models.model_config import ModelConfig
 from backend.models.registry import family_of, read_model_config
@@ -83,7 +88,7 @@ def check_model(
         UserError: as `load_model`.
     """
     config = read_model_config(folder)
-    tensors = read_checkpoint(folder)
+    tensors = family_of(config.architecture).layout.present(config, read_checkpoint(folder))
     check_tensors(config, tensors, create_shell(config, parallel, session_len).weight_slots())
     return config, tensors
 
@@ -190,13 +195,18 @@ def check_tensors(
 ) -> None:
     """Compare the checkpoint's tensors with what the model needs: names, shapes, dtypes.
 
+    Args:
+        tensors: by the decoder's names, as `Layout.present` gives them.
+        slots: by the same names.
+
     Raises:
         UserError: naming the first tensor that is missing, unexpected or of another shape.
     """
     missing = sorted(set(slots) - set(tensors))
     if missing:
+        stored = family_of(config.architecture).layout.stored_name(missing[0])
         raise UserError(
-            f"The checkpoint lacks the tensor {missing[0]}"
+            f"The checkpoint lacks the tensor {stored}"
             + (f" and {len(missing) - 1} more." if missing[1:] else "."),
             f"Its config.json asks for it. {DOWNLOAD_AGAIN}",
         )
@@ -207,13 +217,13 @@ def check_tensors(
             if tied or IGNORED.search(name):
                 continue
             raise UserError(
-                f"The checkpoint holds the tensor {name:.200}, which a {config.architecture} with "
-                "this config.json does not have.",
+                f"The checkpoint holds the tensor {info.name:.200}, which a {config.architecture} "
+                "with this config.json does not have.",
                 "config.json and weights do not belong together, or the model is of another kind.",
             )
         if info.shape != slots[name].shape:
             raise UserError(
-                f"{name} has the shape {list(info.shape)}, but config.json asks for "
+                f"{info.name} has the shape {list(info.shape)}, but config.json asks for "
                 f"{list(slots[name].shape)}.",
                 f"config.json and weights do not belong together. {DOWNLOAD_AGAIN}",
             )
@@ -222,12 +232,12 @@ def check_tensors(
             expected, what = whole_number
             if info.dtype != expected:
                 raise UserError(
-                    f"{name} is stored as {info.dtype:.20}, not as {expected}, {what}.",
+                    f"{info.name} is stored as {info.dtype:.20}, not as {expected}, {what}.",
                     f"config.json and weights do not belong together. {DOWNLOAD_AGAIN}",
                 )
         elif info.dtype not in FLOAT_DTYPES:
             raise UserError(
-                f"{name} is stored as {info.dtype:.20}, not as floating point.",
+                f"{info.name} is stored as {info.dtype:.20}, not as floating point.",
                 "Use the model's float16 or bfloat16 checkpoint.",
             )
 
@@ -247,44 +257,45 @@ def _fill(tensors: dict[str, TensorInfo], slots: dict[str, WeightSlot], show: bo
     ) as bar:
         for path, names in by_file.items():
             try:
-                _fill_from(path, {name: slots[name] for name in names}, bar)
+                _fill_from(path, [(tensors[name], slots[name]) for name in names], bar)
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path} cannot be read: {error}.", DOWNLOAD_AGAIN) from error
 
 
-def _fill_from(path: str, slots: dict[str, WeightSlot], bar: tqdm) -> None:
+def _fill_from(path: str, parts: list[tuple[TensorInfo, WeightSlot]], bar: tqdm) -> None:
     """The tensors of one file. Its pages are mapped; a copy to the device is what reads them."""
-    device = next(iter(slots.values())).destination.device
+    device = parts[0][1].destination.device
     with (
         safe_open(path, framework="pt", device="cpu") as file,
         ThreadPoolExecutor(4, initializer=torch.cuda.set_device, initargs=(device,)) as readers,
     ):
 
-        def read(name: str) -> Tensor | None:
-            slot = slots[name]
-            slot.destination.copy_(file.get_slice(name)[slot.source])
+        def read(part: tuple[TensorInfo, WeightSlot]) -> Tensor | None:
+            info, slot = part
+            slot.destination.copy_(read_tensor(file, info, slot.source))
             return finiteness(slot.destination) if slot.destination.is_floating_point() else None
 
-        flags = {}
+        flags, checked = [], []
         # One core that faults pages in cannot keep a GPU's link busy. A CPU has no core to spare.
-        for name, flag in zip(
-            slots, readers.map(read, slots) if device.type == "cuda" else map(read, slots)
+        for part, flag in zip(
+            parts, readers.map(read, parts) if device.type == "cuda" else map(read, parts)
         ):
-            bar.update(slots[name].destination.nbytes)
+            bar.update(part[1].destination.nbytes)
             if flag is not None:
-                flags[name] = flag
-        if not flags or bool(torch.stack(list(flags.values())).all()):  # the one wait for the GPU
+                flags.append(flag)
+                checked.append(part)
+        if not flags or bool(torch.stack(flags).all()):  # the one wait for the GPU
             return
-        name = next(name for name, flag in flags.items() if not flag)
-        loaded = slots[name].destination
-        if is_finite(file.get_slice(name)[slots[name].source]):
+        info, slot = next(part for part, flag in zip(checked, flags) if not flag)
+        if is_finite(read_tensor(file, info, slot.source)):
             raise UserError(
-                f"{name} has values that {str(loaded.dtype).removeprefix('torch.')} cannot hold.",
+                f"{info.name} has values that {str(slot.destination.dtype)[len('torch.'):]} "
+                "cannot hold.",
                 "Load the model with --dtype bfloat16 or float32.",
                 field="dtype",
             )
         raise UserError(
-            f"{name} contains NaN or infinity.", f"The weights are damaged. {DOWNLOAD_AGAIN}"
+            f"{info.name} contains NaN or infinity.", f"The weights are damaged. {DOWNLOAD_AGAIN}"
         )
 
 

@@ -11,6 +11,8 @@ from backend.models.model_config import ConfigFields, ModelConfig
 class MistralForCausalLM(Decoder):
     """`sliding_window: null` (v0.2 on) means none; a missing key means 4096, as in transformers."""
 
+    model_type = "mistral"
+
     @classmethod
     def configure(cls, config: ModelConfig, fields: ConfigFields) -> ModelConfig:
         window = None

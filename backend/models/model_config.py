@@ -56,6 +56,10 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each head's q and k before the rotation
     windows: tuple[int | None, ...] = ()  # a layer's sliding window in tokens; None sees all
+    normalized_head: bool = False  # each row of the output head is divided by its L2 norm
+    # Qwen's own ways beyond max_position_embeddings, which its config.json turns on.
+    use_logn_attn: bool = False
+    use_dynamic_ntk: bool = False
     quantization: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:
@@ -64,11 +68,37 @@ class ModelConfig:
 
 
 class ConfigFields:
-    """Typed, bounded access to the keys of a config.json. Every method raises UserError."""
+    """Typed, bounded access to the keys of a config.json. Every method raises UserError.
 
-    def __init__(self, raw: Mapping[str, Any], where: str = "config.json") -> None:
-        self.raw = raw
+    Args:
+        raw: the JSON object.
+        where: what messages call it.
+        spellings: usual key -> the one that this family's files have for it, which wins.
+
+    Attributes:
+        given: the JSON object as it is.
+        raw: the same, with the usual keys beside the family's.
+    """
+
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        where: str = "config.json",
+        spellings: Mapping[str, str] | None = None,
+    ) -> None:
+        own = {usual: key for usual, key in (spellings or {}).items() if key in raw}
+        self.given = raw
+        self.raw = {**raw, **{usual: raw[key] for usual, key in own.items()}}
         self.where = where
+        self._own = own
+
+    def spelled(self, spellings: Mapping[str, str]) -> ConfigFields:
+        """The same for a family with keys of its own, see `spellings` above."""
+        return ConfigFields(self.raw, self.where, spellings)
+
+    def place(self, key: str) -> str:
+        """Where a value stands, for a message: the file, and the key as the file spells it."""
+        return f"{self.where}: {self._own.get(key, key)}"
 
     def _value(self, key: str, default: Any) -> Any:
         value = self.raw.get(key)
@@ -76,7 +106,7 @@ class ConfigFields:
             value = default
         if value is None:
             raise UserError(
-                f"{self.where}: {key} is missing.", "Download the model's config.json again."
+                f"{self.place(key)} is missing.", "Download the model's config.json again."
             )
         return value
 
@@ -85,7 +115,7 @@ class ConfigFields:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise UserError(
-                f"{self.where}: {key} must be a whole number from {low} to {high}, not {value!r}."
+                f"{self.place(key)} must be a whole number from {low} to {high}, not {value!r}."
             )
         return value
 
@@ -93,9 +123,9 @@ class ConfigFields:
         """A finite number above low."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{self.where}: {key} must be a number, not {value!r}.")
+            raise UserError(f"{self.place(key)} must be a number, not {value!r}.")
         if not math.isfinite(value) or value <= low:
-            raise UserError(f"{self.where}: {key} must be finite and above {low}, not {value!r}.")
+            raise UserError(f"{self.place(key)} must be finite and above {low}, not {value!r}.")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
@@ -106,14 +136,14 @@ class ConfigFields:
         """true or false."""
         value = self._value(key, default)
         if not isinstance(value, bool):
-            raise UserError(f"{self.where}: {key} must be true or false, not {value!r}.")
+            raise UserError(f"{self.place(key)} must be true or false, not {value!r}.")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
         """A string."""
         value = self._value(key, default)
         if not isinstance(value, str):
-            raise UserError(f"{self.where}: {key} must be text, not {value!r}.")
+            raise UserError(f"{self.place(key)} must be text, not {value!r}.")
         return value
 
     def numbers(self, key: str) -> tuple[float, ...]:
@@ -122,7 +152,7 @@ class ConfigFields:
         if value is None:
             return ()
         if not isinstance(value, list) or len(value) > 4096:
-            raise UserError(f"{self.where}: {key} must be a list of numbers, not {value!r:.80}.")
+            raise UserError(f"{self.place(key)} must be a list of numbers, not {value!r:.80}.")
         items = ConfigFields({f"{key}[{i}]": item for i, item in enumerate(value)}, self.where)
         return tuple(items.number(name) for name in items.raw)
 
@@ -132,7 +162,7 @@ class ConfigFields:
         if value is None:
             return None
         if not isinstance(value, dict):
-            raise UserError(f"{self.where}: {key} must be an object, not {value!r:.80}.")
+            raise UserError(f"{self.place(key)} must be an object, not {value!r:.80}.")
         return ConfigFields(value, f"{self.where}: {key}")
 
 
@@ -305,9 +335,9 @@ def parse_rope(fields: ConfigFields, head_dim: int) -> RopeParameters:
     section = section or ConfigFields({})
     if any(isinstance(value, dict) for value in section.raw.values()):
         raise UserError(f"{section.where} differs by layer, which is not supported.")
-    for place in (fields, section):
-        if place.number("partial_rotary_factor", 1.0) != 1.0:
-            raise UserError(f"{place.where}: partial_rotary_factor is not supported.")
+    for part in (fields, section):
+        if part.number("partial_rotary_factor", 1.0) != 1.0:
+            raise UserError(f"{part.place('partial_rotary_factor')} is not supported.")
     # A top-level original length wins over the section's, as in transformers.
     original = next(
         (

@@ -11,6 +11,8 @@ from backend.models.model_config import ConfigFields, ModelConfig, qwen_windows
 class Qwen2ForCausalLM(Decoder):
     """Llama with Q, K and V biases and, if the config turns them on, windows in upper layers."""
 
+    model_type = "qwen2"
+
     @classmethod
     def configure(cls, config: ModelConfig, fields: ConfigFields) -> ModelConfig:
         return replace(config, qkv_bias=True, windows=qwen_windows(config, fields))

@@ -11,6 +11,7 @@ from backend.models.model_config import ConfigFields, ModelConfig, qwen_windows
 class Qwen3ForCausalLM(Decoder):
     """head_dim is free of hidden_size / num_heads."""
 
+    model_type = "qwen3"
     default_head_dim = 128
 
     @classmethod
