@@ -24,7 +24,7 @@ from backend.layers.linear_method import LinearMethod, LinearWeight, WeightSlot
 from backend.layers.norm import RMSNorm
 from backend.layers.parallel import ParallelContext
 from backend.layers.rotary import RotaryEmbedding
-from backend.models.checkpoint import DOWNLOAD_AGAIN
+from backend.models.checkpoint import DOWNLOAD_AGAIN, read_tensor
 from backend.models.decoder import DecoderLayer
 from backend.models.loader import check_dtype, check_model, is_finite, linear_method
 from kernels.ops import AttentionMetadata, KVCache
@@ -151,7 +151,7 @@ class BlockModel:
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps, "model.norm", self._context)
         self._fill(norm)
         table = self._table if config.tie_word_embeddings else self._new_table("lm_head")
-        head = ParallelLMHead(table, self._context)
+        head = ParallelLMHead(table, self._context, config.normalized_head)
         head.process_weights_after_loading()
         return norm, head
 
@@ -177,7 +177,7 @@ class BlockModel:
             try:
                 with torch.no_grad(), safe_open(path, framework="pt", device="cpu") as file:
                     for name in names:
-                        slots[name].destination.copy_(file.get_tensor(name))
+                        slots[name].destination.copy_(read_tensor(file, self._tensors[name]))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path} cannot be read: {error}.", DOWNLOAD_AGAIN) from error
         for name, slot in slots.items():

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from backend.errors import UserError
 from backend.layers.linear import LinearLayer
 from backend.layers.parallel import ParallelContext
-from backend.models.checkpoint import DOWNLOAD_AGAIN, TensorInfo, read_checkpoint
+from backend.models.checkpoint import DOWNLOAD_AGAIN, TensorInfo, read_checkpoint, read_tensor
 from backend.models.loader import check_model, create_shell, is_finite
 from backend.models.model_config import ModelConfig
 from backend.models.registry import read_model_config
@@ -118,7 +118,7 @@ def check_finite(source: Source, progress: Progress) -> None:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in names:
-                    tensor = file.get_tensor(name)
+                    tensor = read_tensor(file, source.tensors[name])
                     if tensor.is_floating_point() and not is_finite(tensor):
                         raise UserError(
                             f"{name} in {source.folder} contains NaN or infinity.",
