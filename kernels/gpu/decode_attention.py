@@ -31,6 +31,7 @@ from kernels.gpu.kv_tiles import (
     unpack_params,
 )
 from kernels.gpu.launch import (
+    launch,
     launch_options,
     num_sms,
     release_successor,
@@ -322,7 +323,8 @@ def decode_attention(
     k_pool, v_pool = pool_words(cache.k, cache.bits), pool_words(cache.v, cache.bits)
     # Partial results that fit in the registers at once.
     chunk = 2048 * warps // (triton.next_power_of_2(group) * triton.next_power_of_2(head_dim))
-    _decode_kernel[(kv_heads, sequences, splits + 1 if splits > 1 else 1)](
+    launch(
+        _decode_kernel, (kv_heads, sequences, splits + 1 if splits > 1 else 1),
         out, q, k, v, cos, sin, k_pool, v_pool, k_params, v_params,
         metadata.slot_mapping, metadata.block_table, metadata.seq_lens_k, *work, scale * LOG2_E,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),

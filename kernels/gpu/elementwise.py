@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.launch import (
+    launch,
     launch_options,
     release_successor,
     supports_pdl,
@@ -172,7 +173,9 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Ten
     rows = out.numel() // hidden
     pdl = supports_pdl(x)
     kernel = _wide_rms_norm_kernel if wide else _rms_norm_kernel
-    kernel[(triton.cdiv(rows, rows_a_program),)](
+    launch(
+        kernel,
+        (triton.cdiv(rows, rows_a_program),),
         x,
         x if residual is None else residual,
         weight,
@@ -223,7 +226,9 @@ def silu_and_mul(x: Tensor) -> Tensor:
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     pdl = supports_pdl(x)
-    _silu_and_mul_kernel[(rows.shape[0], triton.cdiv(width, GATE_BLOCK))](
+    launch(
+        _silu_and_mul_kernel,
+        (rows.shape[0], triton.cdiv(width, GATE_BLOCK)),
         rows,
         out,
         rows.stride(0),

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.launch import (
+    launch,
     launch_options,
     release_successor,
     supports_pdl,
@@ -237,7 +238,9 @@ def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, chunks: Chunks) -
     rows = weight.shape[0]
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     pdl = supports_pdl(x)
-    _few_tokens_kernel[(triton.cdiv(rows, 16 * chunks.blocks),)](
+    launch(
+        _few_tokens_kernel,
+        (triton.cdiv(rows, 16 * chunks.blocks),),
         x.view(torch.int32),
         weight.view(torch.int32),
         x if bias is None else bias,

@@ -26,6 +26,7 @@ from kernels.gpu.kv_tiles import (
     unpack_params,
 )
 from kernels.gpu.launch import (
+    launch,
     launch_options,
     release_successor,
     supports_pdl,
@@ -100,7 +101,8 @@ def dequantized(
     k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
     assert k_params is not None and v_params is not None
     pdl = supports_pdl(q)
-    _dequantize_kernel[(tiles, kv_heads, sequences)](
+    launch(
+        _dequantize_kernel, (tiles, kv_heads, sequences),
         k, v, k_pool, v_pool, k_params, v_params, metadata.block_table, metadata.seq_lens_k,
         first_sequence, k.stride(0), k_pool.stride(0), k_pool.stride(1), *k_params.stride(),
         metadata.block_table.stride(0),

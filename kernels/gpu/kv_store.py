@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.gpu.kv_tiles import packed_params, part_width, pool_words, rotated, store_parts
 from kernels.gpu.launch import (
+    launch,
     launch_options,
     release_successor,
     supports_pdl,
@@ -68,7 +69,8 @@ def rope_and_store(
     k_pool, v_pool = pool_words(cache.k, cache.bits), pool_words(cache.v, cache.bits)
     heads = min(8, triton.next_power_of_2(kv_heads))
     pdl = supports_pdl(k)
-    _store_kernel[(tokens, triton.cdiv(kv_heads, heads))](
+    launch(
+        _store_kernel, (tokens, triton.cdiv(kv_heads, heads)),
         k, v, cos, sin, k_pool, v_pool, k_params, v_params, slot_mapping,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), 0 if cos is None else cos.stride(0),
         k_pool.stride(0), k_pool.stride(1),

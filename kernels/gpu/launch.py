@@ -1,6 +1,6 @@
-"""Programmatic dependent launch: a kernel starts while its predecessor still runs.
+"""How kernels are started: cheaply for the host, and before their predecessor has ended.
 
-From compute capability 9.0 on, a kernel launched with `launch_pdl=True` may begin as soon as every
+Programmatic dependent launch: a kernel starts while its predecessor still runs. From compute capability 9.0 on, a kernel launched with `launch_pdl=True` may begin as soon as every
 program of the kernel before it has said `release_successor` (or ended). What that kernel wrote may
 be read, and what it reads may be overwritten, only after `wait_for_predecessor`; before it, only
 what no kernel changes (weights) may be touched. Every kernel of a chain waits, so a kernel that has
@@ -11,11 +11,58 @@ waited knows that all before it are done. In a CUDA graph on an H200 a tiny kern
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+# What decides which variant Triton compiles -> that variant, and its constants in order.
+_variants: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
+    """`kernel[grid](*args, **named)`; `named` holds the last constants, and options.
+
+    Triton works out at every launch which variant of a kernel is meant, which costs the host
+    several times what the launch does: a prompt of 2048 tokens, some thousand launches, waited for
+    that. Here it is worked out once for each set of what decides it.
+    """
+    if not isinstance(kernel, JITFunction):  # interpreted
+        kernel[grid](*args, **named)
+        return
+    key = (
+        kernel,
+        torch.cuda.current_device(),
+        *[
+            value if constant else _deciding(value)
+            for value, constant in zip(args, _are_constants(kernel))
+        ],
+        *named.values(),
+    )
+    known = _variants.get(key)
+    if known is not None:
+        compiled, constants = known
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+        return
+    compiled = kernel[grid](*args, **named)
+    _variants[key] = compiled, tuple(named[name] for name in kernel.arg_names[len(args) :])
+
+
+def _deciding(value: Any) -> object:
+    """Of an argument what Triton compiles variants by: never less than it does."""
+    if isinstance(value, Tensor):
+        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype,)
+    if type(value) is int:
+        return 1 if value == 1 else (value % 16 == 0, value >= 1 << 31)
+    return type(value)
+
+
+@cache
+def _are_constants(kernel: Any) -> tuple[bool, ...]:
+    return tuple(param.is_constexpr for param in kernel.params)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.gpu.few_tokens import Chunks, few_tokens, fits_chunks
 from kernels.gpu.launch import (
+    launch,
     launch_options,
     release_successor,
     supports_pdl,
@@ -260,7 +261,9 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tensor
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     pdl = supports_pdl(x)
     grid = (triton.cdiv(tokens, tile.tokens), triton.cdiv(rows, tile.rows))
-    _matmul_kernel[grid](
+    launch(
+        _matmul_kernel,
+        grid,
         x,
         weight,
         x if bias is None else bias,
@@ -291,7 +294,9 @@ def one_token(x: Tensor, weight: Tensor, bias: Tensor | None, strip: Strip) -> T
     rows, columns = weight.shape
     out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
     pdl = supports_pdl(x)
-    _one_token_kernel[(triton.cdiv(rows, strip.rows),)](
+    launch(
+        _one_token_kernel,
+        (triton.cdiv(rows, strip.rows),),
         x,
         weight,
         x if bias is None else bias,

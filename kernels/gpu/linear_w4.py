@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from kernels.gpu.elementwise import silu_and_mul
-from kernels.gpu.launch import launch_options, num_sms, supports_pdl
+from kernels.gpu.launch import launch, launch_options, num_sms, supports_pdl
 from kernels.gpu.tuning import (
     DotConfig,
     MmaConfig,
@@ -118,7 +118,9 @@ def run(
     given_bias = out if bias is None else bias
     if isinstance(config, MmaConfig):
         pairs = x.view(torch.int32)
-        w4_mma_kernel[(triton.cdiv(rows, 16 * config.blocks), token_programs)](
+        launch(
+            w4_mma_kernel,
+            (triton.cdiv(weight.out_features, 16 * config.blocks), token_programs),
             pairs,
             weight.qweight,
             weight.scale_zero,
@@ -142,7 +144,9 @@ def run(
     tile_rows = config.rows // 2 if gated else config.rows
     programs = triton.cdiv(rows, tile_rows)
     partials, counters = _split_space(x, programs * token_programs, config)
-    w4_dot_kernel[(programs * config.splits, token_programs)](
+    launch(
+        w4_dot_kernel,
+        (programs * config.splits, token_programs),
         x,
         weight.qweight,
         weight.scale_zero,
@@ -157,9 +161,10 @@ def run(
         last_row,
         weight.in_features,
         weight.qweight.shape[1],
+        config.splits,
         ROWS=config.rows,
         TOKENS=config.tokens,
-        SPLITS=config.splits,
+        SPLIT=config.splits > 1,
         WHOLE_TILES=weight.in_features % TILE_COLUMNS == 0,
         # Sums of a tile have one scale only if the tile is one group.
         SCALE_WEIGHTS=config.scale_weights or weight.group_size != TILE_COLUMNS,
@@ -211,7 +216,9 @@ def unpacked_product(x: Tensor, weight: W4Weight, bias: Tensor | None, gated: bo
 def _dequantize(weight: W4Weight, first_tile: int, out: Tensor) -> None:
     """Rows first_tile * 64 on, as many as `out` [rows, in_features] has, as its type."""
     pdl = supports_pdl(out)
-    w4_dequantize_kernel[(triton.cdiv(out.shape[0], TILE_ROWS), weight.qweight.shape[1])](
+    launch(
+        w4_dequantize_kernel,
+        (triton.cdiv(out.shape[0], TILE_ROWS), weight.qweight.shape[1]),
         weight.qweight,
         weight.scale_zero,
         out,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.launch import (
+    launch,
     launch_options,
     release_successor,
     supports_pdl,
@@ -131,7 +132,9 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(columns)
     pdl = supports_pdl(x)
-    _quantize_kernel[(tokens,)](
+    launch(
+        _quantize_kernel,
+        (tokens,),
         x,
         quantized,
         scales,
@@ -159,7 +162,9 @@ def int8_matmul(
     out = torch.empty(tokens, rows, dtype=dtype, device=x.device)
     pdl = supports_pdl(x)
     grid = (triton.cdiv(tokens, tile.tokens), triton.cdiv(rows, tile.rows))
-    _int8_matmul_kernel[grid](
+    launch(
+        _int8_matmul_kernel,
+        grid,
         x,
         x_scales,
         weight.qweight,

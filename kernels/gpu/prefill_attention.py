@@ -28,6 +28,7 @@ from kernels.gpu.kv_tiles import (
     unpack_params,
 )
 from kernels.gpu.launch import (
+    launch,
     launch_options,
     release_successor,
     supports_pdl,
@@ -220,7 +221,8 @@ def prefill_attention(
     k_pool, v_pool = pool_words(cache.k, cache.bits), pool_words(cache.v, cache.bits)
     pdl = supports_pdl(q)
     grid = (kv_heads, triton.cdiv(longest, block_m // group), sequences)
-    _prefill_kernel[grid](
+    launch(
+        _prefill_kernel, grid,
         out, q, cos, sin, k_pool, v_pool, k_params, v_params,
         metadata.block_table, metadata.cu_seqlens_q, metadata.seq_lens_k, scale * LOG2_E,
         first_sequence, q.stride(0), q.stride(1), 0 if cos is None else cos.stride(0),

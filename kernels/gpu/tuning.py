@@ -16,7 +16,7 @@ import torch
 
 TUNED = Path(__file__).parent / "tuned"
 # Upper bounds of the buckets of tokens. Beyond the last: unpack the weight, then cuBLAS.
-BUCKETS = (8, 16, 32, 64, 128, 256, 512)
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class MmaConfig:
     """`w4_mma_kernel`: for few tokens."""
 
     tokens: int  # a program's
-    blocks: int = 1  # of 16 rows
+    blocks: int = 1  # of 16 rows of the weight
     warps: int = 8
     ahead: int = 4
 
@@ -61,8 +61,9 @@ def w4_config(gpu: str, sms: int, op: str, rows: int, columns: int, bucket: int)
 
 def default_config(sms: int, rows: int, columns: int, bucket: int) -> W4Config:
     """The rule for what no table knows: what was fastest on an H200 in shapes of 7B models."""
-    if bucket == 8:
-        return MmaConfig(8, 1, 8, 4 if rows <= columns else 2)
+    if bucket <= 8:
+        # With more tokens x comes slowly: each reading of it then serves more rows.
+        return MmaConfig(8, 1 if bucket == 1 else 2, 8, 4 if rows <= columns else 2)
     tokens = min(bucket, 128)
     tile_rows = 128
     programs = -(-rows // tile_rows) * -(-bucket // tokens)

@@ -4,7 +4,7 @@ The weight is the first operand, so that its 64 rows fill the instruction whatev
 tokens is. Words arrive by asynchronous copies, in the order of the registers of that operand, and
 are unpacked there: the unpacked weight never passes through shared memory.
 
-Where the rows are too few to fill the chip, SPLITS programs share a tile of the result, each with
+Where the rows are too few to fill the chip, `splits` programs share a tile of the result, each with
 a range of columns. Each writes its sums in float32; the last to arrive (an integer counter tells)
 adds them in the order of the columns: the same bits every time, and no second launch.
 """
@@ -47,14 +47,14 @@ def _tile_rows(first, up_row, last_row, ROWS: tl.constexpr, GATED: tl.constexpr)
 
 
 # By the bucket of rows only: a prompt of another length must not wait for a compilation.
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "splits"])
 def w4_dot_kernel(
     x,
     qweight,
     scale_zero,
     bias,
     out,
-    partials,  # float32 [programs, ROWS, TOKENS] if SPLITS > 1
+    partials,  # float32 [programs, ROWS, TOKENS] if SPLIT
     counters,  # int32, zero before and after
     tokens,
     x_stride,
@@ -63,10 +63,11 @@ def w4_dot_kernel(
     last_row,
     in_features,
     column_tiles,
+    splits,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # splits > 1
     WHOLE_TILES: tl.constexpr,  # in_features is a multiple of 128
     SCALE_WEIGHTS: tl.constexpr,  # else the sums of a tile are scaled: one group a tile only
     GATED: tl.constexpr,
@@ -76,8 +77,8 @@ def w4_dot_kernel(
     PDL: tl.constexpr,
 ):
     OUT_ROWS: tl.constexpr = ROWS // 2 if GATED else ROWS
-    split = tl.program_id(0) % SPLITS
-    block = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % splits
+    block = tl.program_id(0) // splits
     row = _tile_rows(block * OUT_ROWS, up_row, last_row, ROWS, GATED)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, 128)
@@ -97,7 +98,7 @@ def w4_dot_kernel(
         )
     x_place = x + token.to(tl.int64)[:, None] * x_stride + column[None, :]
     x_mask = (token < tokens)[:, None]
-    per_split = (column_tiles + SPLITS - 1) // SPLITS
+    per_split = (column_tiles + splits - 1) // splits
     start = split * per_split
     end = tl.minimum(start + per_split, column_tiles)
     if PDL:
@@ -134,18 +135,18 @@ def w4_dot_kernel(
             product = _dot(matrix_of(p0, p1, p2, p3, ROWS, BF16), values, nothing, ASM)
             acc += product * scale_of(scales)[:, None]
 
-    if SPLITS == 1:
+    if not SPLIT:
         _store(acc, bias, out, block * OUT_ROWS, token, tokens, out_features, ROWS, GATED, BIAS)
     else:
-        group = tl.program_id(1) * (tl.num_programs(0) // SPLITS) + block
+        group = tl.program_id(1) * (tl.num_programs(0) // splits) + block
         index = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-        place = partials + group.to(tl.int64) * (SPLITS * ROWS * TOKENS) + index
+        place = partials + group.to(tl.int64) * (splits * ROWS * TOKENS) + index
         tl.store(place + split * (ROWS * TOKENS), acc)
         tl.debug_barrier()  # every thread's part is written before one thread says so
         arrived = tl.atomic_add(counters + group, 1, sem="acq_rel")
-        if arrived == SPLITS - 1:
+        if arrived == splits - 1:
             total = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
-            for s in range(SPLITS):
+            for s in range(splits):
                 total += tl.load(place + s * (ROWS * TOKENS), cache_modifier=".cg")
             tl.store(counters + group, 0)
             _store(

@@ -7,6 +7,9 @@ the operand A of mma.m16n8k16 (lane 4r + c has rows r and r + 8, columns 2c, 2c 
 2c + 9), so no value passes through shared memory. x is operand B, 8 tokens wide; with one token
 all eight columns are that one, which costs nothing.
 
+If the product is gated, a block has 8 rows of the gate and, as rows r + 8, those 8 of up: what the
+instruction leaves a lane is then both halves of its results.
+
 The loads of a warp's first tiles are in flight before the kernel before this one has ended.
 The sum's order depends on WARPS only, never on how many tokens or rows a program has.
 """
@@ -245,7 +248,7 @@ def w4_mma_kernel(
     x_pairs: tl.constexpr,  # in_features / 2
     COLUMN_TILES: tl.constexpr,
     GROUPS: tl.constexpr,  # of a tile
-    BLOCKS: tl.constexpr,  # of 16 rows
+    BLOCKS: tl.constexpr,  # of 16 rows of the weight
     WARPS: tl.constexpr,
     AHEAD: tl.constexpr,  # tiles a warp loads before it uses the first
     TOKENS: tl.constexpr,  # 8, 16, 32 ...
@@ -262,16 +265,15 @@ def w4_mma_kernel(
     r = tl.arange(0, 8)[None, :, None]
     c = tl.arange(0, 4)[None, None, :]
     STEPS: tl.constexpr = (COLUMN_TILES + WARPS - 1) // WARPS
-    HALVES: tl.constexpr = 2 if GATED else 1
-    PARTS: tl.constexpr = BLOCKS * HALVES * 2  # rows r and r + 8 of each block
+    PARTS: tl.constexpr = BLOCKS * 2  # rows r and r + 8 of each block
+    OUT_ROWS: tl.constexpr = 8 if GATED else 16  # of a block
 
-    base = tl.program_id(0) * (16 * BLOCKS)
+    base = tl.program_id(0) * (OUT_ROWS * BLOCKS)
     places = ()
     scale_places = ()
     for part in tl.static_range(PARTS):
-        row = base + (part // 2 % BLOCKS) * 16 + (part % 2) * 8 + r
-        if part // 2 >= BLOCKS:
-            row += up_row
+        second = up_row if GATED else 8
+        row = base + (part // 2) * OUT_ROWS + (part % 2) * second + r
         row = tl.minimum(row, last_row) + c * 0
         tile = (row // 64) * COLUMN_TILES + warp
         places = places + (qweight + tile * 1024 + (row % 64) * 16 + 4 * c,)  # type: ignore[assignment]
@@ -291,7 +293,7 @@ def w4_mma_kernel(
     first_token = tl.program_id(1) * TOKENS
     TOKEN_TILES: tl.constexpr = TOKENS // 8
     accs = ()
-    for _ in tl.static_range(BLOCKS * HALVES * TOKEN_TILES * 4):
+    for _ in tl.static_range(BLOCKS * TOKEN_TILES * 4):
         accs = accs + (tl.zeros([WARPS, 8, 4], dtype=tl.float32),)  # type: ignore[assignment]
     for i in tl.static_range(STEPS):
         if i + AHEAD < STEPS:
@@ -316,7 +318,7 @@ def w4_mma_kernel(
         # A warp without a tile left reads some scale again; its words and its x are zero.
         tile = tl.minimum(tile, COLUMN_TILES - 1) - warp
         sums = ()
-        for block in tl.static_range(BLOCKS * HALVES):
+        for block in tl.static_range(BLOCKS):
             low_scales = _load_scales(scale_places[2 * block] + tile * (64 * GROUPS), GROUPS, ASM)
             high_scales = _load_scales(
                 scale_places[2 * block + 1] + tile * (64 * GROUPS), GROUPS, ASM
@@ -358,14 +360,12 @@ def w4_mma_kernel(
     for block in tl.static_range(BLOCKS):
         for t in tl.static_range(TOKEN_TILES):
             values = _total(accs, 4 * (block * TOKEN_TILES + t))
-            if GATED:
-                ups = _total(accs, 4 * ((BLOCKS + block) * TOKEN_TILES + t))
-            for i in tl.static_range(4):
-                row = base + block * 16 + lane_row + 8 * (i // 2)
+            for i in tl.static_range(2 if GATED else 4):
+                row = base + block * OUT_ROWS + lane_row + 8 * (i // 2)
                 token = first_token + 8 * t + 2 * lane + i % 2
                 value = values[i]
                 if GATED:
-                    value = value / (1.0 + tl.exp(-value)) * ups[i]
+                    value = value / (1.0 + tl.exp(-value)) * values[i + 2]
                 if BIAS:
                     added = tl.load(bias + row, mask=row < out_features, other=0.0)
                     value += added.to(tl.float32)

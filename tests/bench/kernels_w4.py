@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,26 +112,24 @@ def seconds(product: Callable[[W4Weight], Tensor], copies: list[W4Weight]) -> fl
 
 def candidates(bucket: int, shape: Shape) -> Iterator[W4Config]:
     """What is tried."""
-    if bucket == 8:
-        tiles = -(-shape.columns // 128)
-        few = (1, 8, 4), (1, 8, 2), (1, 4, 4), (1, 4, 8), (1, 16, 2)
-        for blocks, warps, ahead in (*few, (2, 8, 2), (2, 8, 1), (2, 4, 2), (2, 16, 1), (4, 8, 1)):
-            if -(-tiles // warps) > ahead // 2 and (not shape.gated or blocks * ahead <= 4):
-                yield MmaConfig(8, blocks, warps, ahead)
-        return
-    if bucket == 16 and shape.gated:
-        yield MmaConfig(16, 1, 8, 2)
-    for tokens in (16, 32, 64, 128):
-        if not min(bucket, 128) // 2 < tokens <= bucket:
+    tiles = -(-shape.columns // 128)
+    if bucket <= 16:
+        blocks_of = {1: (1, 2), 8: (1, 2, 4), 16: (2,)}[bucket]
+        for blocks, warps, ahead in itertools.product(blocks_of, (4, 8), (1, 2, 4, 8)):
+            # As many loads on their way as registers allow, but no more than there are.
+            if -(-tiles // warps) > ahead // 2 and 2 <= blocks * ahead <= 8:
+                yield MmaConfig(max(8, bucket), blocks, warps, ahead)
+    for tokens in (16, 32, 64, 128, 256):
+        if bucket <= 8 or not min(bucket, 256) // 2 <= tokens <= bucket:
             continue
-        for stages, rows, splits in itertools.product((3, 4), (128, 64), (2, 4, 8, 1)):
+        stages_of = (3, 4, 6) if tokens == 16 else (3, 4) if tokens <= 64 else (2, 3)
+        for stages, rows, splits in itertools.product(stages_of, (128, 64), (1, 2, 3, 4, 6, 8)):
             programs = -(-shape.rows // rows) * -(-bucket // tokens) * splits
-            if programs < 100 or (splits > 1 and programs > 1000):
+            if programs < 60 or (splits > 1 and programs > 800) or (rows, tokens) == (64, 256):
                 continue
-            if (rows == 64 and tokens > 16) or (stages == 4 and tokens > 32):
-                continue
+            warps = 8 if rows == 128 and tokens >= 128 else 4
             for scaled in (True, False) if tokens == 64 else (tokens > 64,):
-                yield DotConfig(tokens, rows, splits, scaled, 8 if tokens >= 128 else 4, stages)
+                yield DotConfig(tokens, rows, splits, scaled, warps, stages)
 
 
 def activations(tokens: int, columns: int) -> Tensor:
@@ -153,7 +152,7 @@ def code_of(shape: Shape, config: W4Config) -> tuple[object, ...]:
     """What the compiled code of a candidate depends on."""
     if isinstance(config, MmaConfig):
         return shape.columns, shape.gated, config
-    return shape.gated, config
+    return shape.gated, replace(config, splits=min(config.splits, 2))
 
 
 def tune(shapes: list[Shape], buckets: list[int], path: Path, patience: float) -> None:
@@ -176,7 +175,7 @@ def tune(shapes: list[Shape], buckets: list[int], path: Path, patience: float) -
         op = "gated_linear_w4" if shape.gated else "linear_w4"
         entries = table.setdefault(op, {}).setdefault(f"{shape.rows}x{shape.columns}", {})
         for bucket in buckets:
-            x = activations(1 if bucket == 8 else bucket, shape.columns)
+            x = activations(bucket, shape.columns)
             timed = []
             for config in candidates(bucket, shape):
                 if tasks.get(code_of(shape, config)) == "":
