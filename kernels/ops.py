@@ -222,3 +222,21 @@ def sample(
     return implementation("sample", logits.device.type)(
         logits, temperature, top_k, top_p, min_p, uniform
     )
+
+
+def round_columns(
+    weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, levels: int
+) -> tuple[Tensor, Tensor]:
+    """Round columns of a matrix in order; the later ones make up for the earlier (GPTQ).
+
+    Column c of the matrix is row c here: weight float32 [C, N], factor float32 [C, C] the upper
+    triangular part of the inverse second moment's Cholesky factor that belongs to these columns,
+    scales and zeros float32 [G, N] of groups of C / G columns each, rows side by side in memory.
+
+    Column c is rounded to q = round(w / scale) + zero, held to 0 to `levels`; its error, divided by
+    factor[c, c], is taken from each column d > c of these, times factor[c, d]. Returns q uint8
+    [C, N] and the divided errors float32 [C, N], for the columns that are not here.
+    """
+    return implementation("round_columns", weight.device.type)(
+        weight, factor, scales, zeros, levels
+    )

@@ -16,12 +16,14 @@ from torch import Tensor
 from backend.errors import UserError
 from backend.models.decoder import DecoderLayer
 from backend.models.model_config import ModelConfig
-from quantize.awq import InputMoments, SearchSettings, quantize_block
+from quantize.awq import SearchSettings, quantize_block
 from quantize.blocks import BlockModel, HiddenStore, in_batches, linears, observed_inputs
 from quantize.calibrate import embed_samples
 from quantize.data import Samples
 from quantize.export import CheckpointWriter, awq_config, awq_tensors, fill_awq
+from quantize.moments import InputMoments
 from quantize.progress import Progress
+from quantize.stages import StageTimes
 
 WORD_OUTPUTS = 8  # 4-bit numbers in an int32 of the checkpoint
 
@@ -80,29 +82,36 @@ def auto_awq(
         form.check(layer_name, layer.in_features)
     del first
     writer = CheckpointWriter(source, target, awq_config(form), job, overwrite)
-    hidden, size = embed_samples(
-        model, samples.ids, progress.note, batch_size, spill_folder or writer.target.parent
-    )
+    times = progress.times
+    with times("embed"):
+        hidden, size = embed_samples(
+            model, samples.ids, progress.note, batch_size, spill_folder or writer.target.parent
+        )
     done = writer.blocks_done()
     if done:
         progress.note(f"Going on after block {done}: an earlier run finished the ones before.")
     progress.stage("quantize", model.num_blocks, done)
     for index in range(model.num_blocks):
-        block = model.load_block(index)
-        finished = writer.finished(index)
+        with times("load"):
+            block = model.load_block(index)
+            finished = writer.finished(index)
         if finished is None:
-            moments, size = observe_moments(model, block, hidden, size, progress)
-            finished = _quantize(model, block, moments, settings)
+            with times("observe"):
+                moments, size = observe_moments(model, block, hidden, size, progress)
+            finished = _quantize(model, block, moments, settings, times)
             del moments
-            writer.write_block(index, *finished)
+            with times("write"):
+                writer.write_block(index, *finished)
         tensors, losses = finished
-        fill_awq(block, tensors)
-        if index + 1 < model.num_blocks:
-            size = _propagate(model, block, hidden, size, progress)
-        del block  # before the next one is loaded
+        with times("propagate"):
+            fill_awq(block, tensors)
+            if index + 1 < model.num_blocks:
+                size = _propagate(model, block, hidden, size, progress)
+        del block, finished, tensors  # before the next one is loaded
         if index >= done:
             progress.step(loss=sum(losses.values()) / len(losses))
-    writer.finish()
+    with times("write"):
+        writer.finish()
     return writer
 
 
@@ -153,9 +162,9 @@ def observe_moments(
         inputs: dict[str, Tensor] = {}
         with observed_inputs(block, inputs.__setitem__):
             model.run(block, hidden[batch].to(model.device))
-        # Counted when all are there: memory may run out in the middle of a batch.
-        ready = {name: x.float() for name, x in inputs.items()}
-        for name, x in ready.items():
+        # Counted when all are there: memory may run out in the middle of a batch. To count takes
+        # no more.
+        for name, x in inputs.items():
             moments[name].add(x)
 
     size = in_batches(len(hidden), size, work, progress.note)
@@ -176,10 +185,12 @@ def _quantize(
     block: DecoderLayer,
     moments: dict[str, InputMoments],
     settings: SearchSettings,
+    times: StageTimes,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """(a block's tensors for the checkpoint, each linear's relative loss)."""
     try:
-        quantized = quantize_block(block, moments, settings, getattr(torch, model.config.dtype))
+        dtype = getattr(torch, model.config.dtype)
+        quantized = quantize_block(block, moments, settings, dtype, times)
     except torch.OutOfMemoryError:
         raise UserError(
             "The GPU's memory does not hold one block of this model and what its search needs.",

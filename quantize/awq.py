@@ -22,11 +22,12 @@ from backend.layers.norm import RMSNorm
 from backend.models.decoder import DecoderLayer, scale_groups
 from quantize.blocks import linears
 from quantize.gptq import round_compensated
+from quantize.moments import ROWS, InputMoments, output_loss
 from quantize.rtn import GroupFormat, GroupQuantized, group_parameters, quantize, round_to_groups
+from quantize.stages import StageTimes
 
 STEPS = 20  # of the exponent, from 0 to 0.95
 SHRINKS = tuple(1 - 0.05 * step for step in range(11))  # to half the range, as llm-awq
-ROWS = 8192  # rounded at a time, so that temporaries stay below a few GB for any model
 
 
 @dataclass(frozen=True)
@@ -46,39 +47,6 @@ class SearchSettings:
     compensate: bool = True
 
 
-class InputMoments:
-    """Second moment and mean magnitude of a linear's inputs, summed in float32.
-
-    Attributes:
-        gram: float32 [K, K], mean(x xᵀ) after `finish`.
-        absmean: float32 [K], mean(|x|) after `finish`.
-        tokens: how many inputs were seen.
-    """
-
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.gram = torch.zeros(in_features, in_features, device=device)
-        self.absmean = torch.zeros(in_features, device=device)
-        self.tokens = 0
-
-    def add(self, x: Tensor) -> None:
-        """x [T, K] of any float dtype."""
-        x = x.float()
-        self.gram.addmm_(x.t(), x)
-        self.absmean += torch.linalg.vector_norm(x, ord=1, dim=0)
-        self.tokens += x.shape[0]
-
-    def finish(self) -> None:
-        """From sums to means; call once, after the last `add`."""
-        self.gram /= self.tokens
-        self.absmean /= self.tokens
-
-    def divide(self, scale: Tensor) -> None:
-        """As if every input had been divided by scale [K]."""
-        self.gram /= scale
-        self.gram /= scale[:, None]
-        self.absmean /= scale
-
-
 @dataclass(frozen=True)
 class QuantizedBlock:
     """A decoder block's new contents, by module names in it.
@@ -94,11 +62,6 @@ class QuantizedBlock:
     norms: dict[str, Tensor]
     biases: dict[str, Tensor]
     losses: dict[str, float]
-
-
-def output_loss(error: Tensor, gram: Tensor) -> Tensor:
-    """error float32 [N, K] of a matrix: mean |error x|² a row, float32 [N]."""
-    return torch.cat([((part @ gram) * part).sum(1) for part in error.split(ROWS)])
 
 
 def rounding_loss(weight: Tensor, scale: Tensor, gram: Tensor, form: GroupFormat) -> float:
@@ -193,21 +156,27 @@ def _clip_rows(rows: Tensor, gram: Tensor, form: GroupFormat) -> Tensor:
 
 
 def quantize_linear(
-    weight: Tensor, moments: InputMoments, settings: SearchSettings
+    weight: Tensor,
+    moments: InputMoments,
+    settings: SearchSettings,
+    times: StageTimes | None = None,
 ) -> GroupQuantized:
     """weight float32 [N, K] in groups, by the finished moments of its inputs."""
+    times = times or StageTimes()
     form, gram = settings.form, moments.gram
-    shrink: Tensor | float = search_clip(weight, gram, form) if settings.clip else 1.0
-    scales, zeros = group_parameters(weight, form, shrink)
-    nearest = round_to_groups(weight, scales, zeros, form)
+    with times("search clip"):
+        shrink: Tensor | float = search_clip(weight, gram, form) if settings.clip else 1.0
+        scales, zeros = group_parameters(weight, form, shrink)
+        nearest = round_to_groups(weight, scales, zeros, form)
     if not settings.compensate:
         return nearest
-    return round_compensated(weight, gram, moments.tokens, nearest, form)
+    with times("gptq"):
+        return round_compensated(weight, gram, moments.tokens, nearest, form)
 
 
 def quantize_block(
     block: DecoderLayer, moments: dict[str, InputMoments], settings: SearchSettings,
-    dtype: torch.dtype,
+    dtype: torch.dtype, times: StageTimes | None = None,
 ) -> QuantizedBlock:
     """Search and round all linears of a decoder block, which is left as it is.
 
@@ -215,10 +184,12 @@ def quantize_block(
         block: with plain weights, in float32 or `dtype`.
         moments: of each linear's inputs, finished, by its name in the block; they are used up.
         dtype: in which norms and biases will be stored.
+        times: told how long each part took.
 
     Raises:
         UserError: a layer's inputs cannot be cut into groups.
     """
+    times = times or StageTimes()
     layers = linears(block)
     names = {module: name for name, module in block.named_modules()}
     weights = {name: _weight(layer) for name, layer in layers.items()}
@@ -239,7 +210,8 @@ def quantize_block(
         source = names[group.source]
         norm = norms.get(source)
         inputs = moments[targets[0]]
-        scale = search_scale([weights[t] for t in targets], inputs, settings.form, norm)
+        with times("search scale"):
+            scale = search_scale([weights[t] for t in targets], inputs, settings.form, norm)
         if norm is not None:
             norms[source] = (norm.float() / scale).to(dtype)
         else:
@@ -252,7 +224,7 @@ def quantize_block(
     quantized, losses = {}, {}
     for name, weight in weights.items():
         gram = moments[name].gram
-        quantized[name] = quantize_linear(weight, moments[name], settings)
+        quantized[name] = quantize_linear(weight, moments[name], settings, times)
         error = output_loss(quantized[name].dequantize() - weight, gram)
         whole = float(output_loss(weight, gram).double().sum())
         losses[name] = float(error.double().sum()) / whole if whole > 0 else 0.0

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import ops
+from quantize.moments import output_loss
 from quantize.rtn import GroupFormat, GroupQuantized
 
 DAMPING = 0.01  # of H's mean diagonal, added to it: GPTQ's
@@ -29,36 +31,41 @@ def round_compensated(
             without compensation 0.0412.)
     """
     columns = weight.shape[1]
-    damped = gram * (tokens / (columns + tokens))
-    own = gram.diagonal()
-    damped.diagonal().copy_(own + DAMPING * own.mean() + 1e-12)
-    # Upper triangular with factorᵀ factor = the inverse: from the last column to the first, a
-    # Cholesky factor of the matrix itself, so that it is inverted only once.
-    flipped = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
-    identity = torch.eye(columns, device=weight.device)
-    factor = torch.linalg.solve_triangular(flipped, identity, upper=True)
+    factor = _inverse_factor(gram, tokens)
     # Columns as rows from here on, so that one lies in one piece of memory.
     left = weight.t().contiguous()
     q = torch.empty_like(left, dtype=torch.uint8)
-    scales, zeros = nearest.scales.float().t().contiguous(), nearest.zeros.float().t().contiguous()
-    for start in range(0, columns, COLUMNS):
+    scales, zeros = (
+        x.float().t().contiguous().split(COLUMNS // form.group_size)
+        for x in (nearest.scales, nearest.zeros)
+    )
+    for index, start in enumerate(range(0, columns, COLUMNS)):
         stop = min(start + COLUMNS, columns)
-        errors = torch.empty_like(left[start:stop])
-        for column in range(start, stop):
-            group = column // form.group_size
-            scale, zero = scales[group], zeros[group]
-            level = ((left[column] / scale).round_() + zero).clamp_(0, form.levels)
-            q[column] = level
-            error = (left[column] - (level - zero) * scale) / factor[column, column]
-            left[column:stop] -= factor[column, column:stop, None] * error
-            errors[column - start] = error
+        q[start:stop], errors = ops.round_columns(
+            left[start:stop], factor[start:stop, start:stop], scales[index], zeros[index],
+            form.levels,
+        )
         left[stop:] -= factor[start:stop, stop:].t() @ errors
+    del left, factor  # before what follows takes as much
     compensated = GroupQuantized(q.t().contiguous(), nearest.scales, nearest.zeros)
-    keep = _loss(compensated, weight, gram) >= _loss(nearest, weight, gram)
+    found, kept = (
+        output_loss(tried.dequantize() - weight, gram) for tried in (compensated, nearest)
+    )
+    keep = found >= kept
     q = torch.where(keep[:, None], nearest.q, compensated.q)
     return GroupQuantized(q, nearest.scales, nearest.zeros)
 
 
-def _loss(quantized: GroupQuantized, weight: Tensor, gram: Tensor) -> Tensor:
-    error = quantized.dequantize() - weight
-    return ((error @ gram) * error).sum(1)
+def _inverse_factor(gram: Tensor, tokens: int) -> Tensor:
+    """Upper triangular, factorᵀ factor = the inverse of the damped moment; float32 [K, K]."""
+    columns = gram.shape[0]
+    damped = gram * (tokens / (columns + tokens))
+    own = gram.diagonal()
+    damped.diagonal().copy_(own + DAMPING * own.mean() + 1e-12)
+    # From the last column to the first, a Cholesky factor of the matrix itself, so that it is
+    # inverted only once. One name, so that no step keeps what the one before it made.
+    damped = damped.flip(0, 1)
+    damped = torch.linalg.cholesky(damped)
+    damped = damped.flip(0, 1)
+    identity = torch.eye(columns, device=gram.device)
+    return torch.linalg.solve_triangular(damped, identity, upper=True)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from backend.errors import UserError
+from quantize.stages import StageTimes
 
 QUIET_S = 10.0  # between lines of one stage in a log; a terminal's line is drawn anew each time
 
@@ -33,6 +34,7 @@ class Progress:
 
     Attributes:
         notes: all that were given, for whoever keeps them with the result.
+        times: seconds of the job's parts.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Progress:
         self._stream = stream or (sys.stdout if self.json else sys.stderr)
         self._clock = clock
         self.notes: list[str] = []
+        self.times = StageTimes(clock)
         self._start = self._stage_start = self._last_line = clock()
         self._stage, self._done, self._total, self._resumed = "", 0, 0, 0
         self._redraw = not self.json and self._stream.isatty()

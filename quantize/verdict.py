@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantize.progress import duration, finite
+from quantize.stages import PeakMemory
 
 THRESHOLD = 0.05  # nats a token; beyond it a model is worse in a way that its users notice
 RESAMPLES = 2000  # of the bootstrap: the interval's ends then vary by some hundredths of its width
@@ -71,6 +72,8 @@ class Verdict:
         text: which text it was measured on.
         notes: of the job that made the model, such as which text it was calibrated on.
         job_seconds: that quantizing it took, this time (a job that goes on has a part behind it).
+        stages: seconds of the job's parts, this time, the verdict among them.
+        peak_memory: the most that the job and its verdict held.
     """
 
     passed: bool
@@ -85,6 +88,8 @@ class Verdict:
     comparison: Comparison | None = None
     notes: tuple[str, ...] = ()
     job_seconds: float | None = None
+    stages: dict[str, float] | None = None
+    peak_memory: PeakMemory | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: NaN and infinity, which it does not have, are None."""
@@ -128,6 +133,12 @@ class Verdict:
         lines.append(f"{'text':16}  {self.text}")
         if self.job_seconds is not None:
             lines.append(f"{'quantized in':16}  {duration(self.job_seconds)}")
+        for stage, seconds in (self.stages or {}).items():
+            lines.append(f"{'  ' + stage:16}  {seconds:8.2f} s")
+        if self.peak_memory is not None:
+            gpu = self.peak_memory.gpu
+            on_gpu = "" if gpu is None else f"{size(gpu)} on the GPU, "
+            lines.append(f"{'peak memory':16}  {on_gpu}{size(self.peak_memory.host)} on the host")
         lines += [f"{'note':16}  {note}" for note in self.notes]
         for index, prompt in enumerate(self.prompts):
             lines += ["", f"> {prompt}"]

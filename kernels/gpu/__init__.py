@@ -9,6 +9,7 @@ from kernels.gpu.elementwise import add_rms_norm, rms_norm, silu_and_mul
 from kernels.gpu.linear import linear
 from kernels.gpu.linear_w4 import gated_linear_w4, linear_w4
 from kernels.gpu.linear_w8 import linear_w8
+from kernels.gpu.rounding import round_columns
 from kernels.gpu.sampling import sample
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "linear_w8",
     "paged_attention",
     "rms_norm",
+    "round_columns",
     "sample",
     "silu_and_mul",
     "store_kv",

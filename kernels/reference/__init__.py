@@ -217,3 +217,21 @@ def invert(weights: Tensor, uniform: Tensor) -> Tensor:
     # Rounding may point past the last token that has any weight.
     last = weights.shape[-1] - 1 - (weights > 0).flip(-1).to(torch.uint8).argmax(-1)
     return torch.minimum(index, last)
+
+
+def round_columns(
+    weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, levels: int
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.ops.round_columns`."""
+    left = weight.clone()
+    q = torch.empty_like(left, dtype=torch.uint8)
+    errors = torch.empty_like(left)
+    group_size = len(left) // len(scales)
+    for column in range(len(left)):
+        scale, zero = scales[column // group_size], zeros[column // group_size]
+        level = ((left[column] / scale).round_() + zero).clamp_(0, levels)
+        q[column] = level
+        error = (left[column] - (level - zero) * scale) / factor[column, column]
+        left[column:] -= factor[column, column:, None] * error
+        errors[column] = error
+    return q, errors
