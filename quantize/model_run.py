@@ -165,8 +165,9 @@ def weight_bytes(folder: str, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on `device`."""
+    """Memory that is free on `device`, with what PyTorch has there and does not use."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
