@@ -72,6 +72,22 @@ class Layout:
             stored = self.qkv
         return _join(stored, number, kind)
 
+    def decoder_names(self, entry: str) -> list[str]:
+        """The decoder's modules that (a part of) a stored module's name stands for.
+
+        As quantization configs name what they leave out: "wqkv", "layers.0.attention".
+        """
+        found = LAYER.search(f"{entry}.")
+        part = LAYER.sub(".*.", f".{entry.strip('.')}.", count=1)
+        ours = [own for stored, own in self.modules.items() if part in f".{stored}."]
+        if self.qkv is not None and part in f".{self.qkv}.":
+            ours += QKV
+        # Without a layer's number a module's name within its layer stands for it in all.
+        return [
+            module.replace("*", found[1]) if found else module.rpartition("*.")[2]
+            for module in ours
+        ]
+
     def present(
         self, config: ModelConfig, tensors: Mapping[str, TensorInfo]
     ) -> dict[str, TensorInfo]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from backend.errors import UserError
 from backend.models.baichuan import BaiChuanForCausalLM, BaichuanForCausalLM
 from backend.models.decoder import Decoder
@@ -60,7 +62,12 @@ def parse_config(fields: ConfigFields) -> ModelConfig:
     family = family_of(architecture)
     fields = fields.spelled(family.spellings)
     config = parse_common(fields, architecture, family.default_head_dim)
-    return family.configure(config, fields)
+    config = family.configure(config, fields)
+    if config.quantization is None:
+        return config
+    kept = config.quantization.not_converted
+    kept += tuple(name for entry in kept for name in family.layout.decoder_names(entry))
+    return replace(config, quantization=replace(config.quantization, not_converted=kept))
 
 
 def _architecture(fields: ConfigFields) -> str:
