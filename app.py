@@ -6,6 +6,8 @@ python app.py serve gradio http://HOST:PORT    the page over a remote api_server
 python app.py chat MODEL                       in the terminal
 python app.py benchmark profile_generation MODEL   how fast it is; docs/benchmarking.md
 python app.py lite auto_awq MODEL              quantize it, and measure how good it is then
+python app.py convert NAME MODEL               make a workspace; MODEL above may be one
+python app.py config show WORKSPACE            its config.ini: every key, and what it does
 """
 
 from __future__ import annotations
@@ -23,12 +25,17 @@ from backend import config
 from backend.benchmark.commands import add_commands
 from backend.config import EngineConfig, SamplingParams, ServerConfig
 from backend.errors import UserError
+from backend.workspace.settings import engine_options, model_name
+from backend.workspace_commands import (
+    COMMANDS as WORKSPACE_COMMANDS,
+    add_commands as add_workspace_commands,
+)
 from quantize.commands import add_commands as add_lite_commands
 
 if TYPE_CHECKING:
     from backend.services import Services
 
-COMMANDS = ("run", "serve", "chat", "benchmark", "lite", "-h", "--help")
+COMMANDS = ("run", "serve", "chat", "benchmark", "lite", *WORKSPACE_COMMANDS, "-h", "--help")
 BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "demo_model"
 
 
@@ -86,6 +93,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     lite = commands.add_parser("lite", help="quantize a model, or measure how good one is")
     names = "calibrate|auto_awq|smooth_quant|kv_qparams|evaluate"
     add_lite_commands(lite.add_subparsers(required=True, metavar=names))
+    add_workspace_commands(commands)
     return parser.parse_args(argv)
 
 
@@ -119,9 +127,12 @@ def open_services(args: argparse.Namespace, api_key: str = "") -> Services:
                     "Give it to the command that serves the model.",
                 )
         return remote_services(target, api_key)
+    options = engine_options(target, vars(args))
     # The engine's process has another working directory.
-    engine = replace(config.from_namespace(EngineConfig, args), model=os.path.abspath(target))
-    name = getattr(args, "model_name", None) or os.path.basename(engine.model)
+    engine = config.from_namespace(EngineConfig, args, **options)
+    engine = replace(engine, model=os.path.abspath(target))
+    name = getattr(args, "model_name", None) or model_name(target)
+    name = name or os.path.basename(engine.model)
     return local_services(engine, name, ThreadHandle if args.inline else ProcessHandle)
 
 

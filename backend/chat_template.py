@@ -17,6 +17,7 @@ from typing import Any
 
 from backend.errors import UserError
 from backend.model_files import chat_template_source, special_tokens
+from backend.workspace.layout import text_folder
 
 MAX_MESSAGES = 1024
 MAX_CHARS = 4 << 20  # of all messages together
@@ -113,7 +114,7 @@ class ChatTemplate:
         Raises:
             UserError: a broken file.
         """
-        folder = Path(folder)
+        folder = text_folder(folder)
         source = chat_template_source(folder)
         if source is None and _has_token(folder / "tokenizer.json", "<|im_start|>"):
             source = CHATML

@@ -262,13 +262,15 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"true or false expected, not {text!r}")
 
 
-def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
+def add_arguments(parser: argparse.ArgumentParser, cls: type, positionals: bool = True) -> None:
     """Add one flag (or positional) for every field of `cls` that a command line can spell."""
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
         kind, _ = base_type(hints[f.name])
         text = f.metadata["help"].replace("%", "%%")
         if f.metadata["positional"]:
+            if not positionals:
+                continue
             parser.add_argument(f.name, nargs="?", default=argparse.SUPPRESS, help=text)
             continue
         flag = "--" + f.name.replace("_", "-")

@@ -20,6 +20,7 @@ from tokenizers import AddedToken
 from backend.config import SamplingParams
 from backend.errors import UserError
 from backend.model_files import AGAIN, chat_template_source, read_json, special_tokens
+from backend.workspace.layout import text_folder
 
 MAX_BYTES = 256 << 20  # the largest tokenizer.json in use has about 35 MB
 
@@ -137,12 +138,12 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """The tokenizer of a model folder in Hugging Face layout.
+        """The tokenizer of a model folder in Hugging Face layout, or of a workspace.
 
         Raises:
             UserError: no folder, no tokenizer.json, or a broken file.
         """
-        folder = Path(folder)
+        folder = text_folder(folder)
         backend = _load_backend(folder)
         names = special_tokens(folder)
         _mark_special(backend, read_json(folder / "tokenizer_config.json"), names)
@@ -214,7 +215,7 @@ def sampling_defaults(folder: str | Path) -> dict[str, float]:
 
     `"do_sample": false` is what transformers calls greedy: temperature 0.
     """
-    advice = read_json(Path(folder) / "generation_config.json")
+    advice = read_json(text_folder(folder) / "generation_config.json")
     defaults: dict[str, float] = {}
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         value = advice.get(name)

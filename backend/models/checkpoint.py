@@ -18,6 +18,7 @@ from torch import Tensor
 
 from backend.errors import UserError
 from backend.models.model_config import read_json_object
+from backend.workspace.layout import weights_folder
 
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 MAX_INDEX_BYTES = 256 << 20
@@ -76,11 +77,12 @@ def read_tensor(
 
 
 def read_checkpoint(folder: str) -> dict[str, TensorInfo]:
-    """All tensors of the checkpoint in `folder`, by name.
+    """All tensors of the checkpoint (or of the workspace) in `folder`, by name.
 
     Raises:
         UserError: if files are missing, damaged, or not safetensors.
     """
+    folder = str(weights_folder(folder))
     index_path = os.path.join(folder, "model.safetensors.index.json")
     if not os.path.lexists(index_path):
         path = os.path.join(folder, "model.safetensors")
@@ -125,7 +127,9 @@ def _no_weights(folder: str) -> UserError:
         if reason is not None:
             return UserError(
                 f"The weights in {folder} are refused: {name} is {reason}.",
-                "Use a checkpoint in safetensors format; most publishers offer one.",
+                "Use a checkpoint in safetensors format, which most publishers offer"
+                + (f", or import this one: python app.py import {folder} NEW_FOLDER"
+                   if name.endswith(".bin") else "."),
                 field="model",
             )
     shards = [name for name in os.listdir(folder) if name.endswith(".safetensors")]

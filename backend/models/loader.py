@@ -1,4 +1,4 @@
-"""From a folder in Hugging Face layout to a Decoder with weights.
+"""From a folder in Hugging Face layout, or a workspace, to a Decoder with weights.
 
 Everything that can be told from config.json and the files' headers is checked before memory is
 taken. Then tensors are streamed one by one, each rank reading only its part of them, so that the
@@ -34,6 +34,12 @@ from backend.models.checkpoint import (
 from backend.models.decoder import Decoder
 from backend.models.model_config import ModelConfig
 from backend.models.registry import family_of, read_model_config
+from backend.models.workspace_weights import (
+    read_workspace,
+    unpack_scales_zeros,
+    workspace_slots,
+)
+from backend.workspace.layout import verify, workspace_of
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +65,7 @@ def load_model(
     """Load this rank's share of the checkpoint in `folder`.
 
     Args:
-        folder: config.json and safetensors files.
+        folder: config.json and safetensors files, or a workspace.
         dtype: float32, bfloat16 or float16; weights are converted to it.
         device: where the weights go.
         parallel: this rank and its group.
@@ -71,8 +77,15 @@ def load_model(
     """
     config, tensors = check_model(folder, parallel, session_len)
     check_dtype(config, dtype, device)
+    workspace = workspace_of(folder)
+    if workspace is not None and parallel.rank == 0:
+        verify(workspace)
     decoder = _create(config, dtype, device, parallel, session_len, batch_invariant)
-    _fill(tensors, decoder.weight_slots(), show=parallel.rank == 0)
+    slots = _slots(decoder, parallel, workspace is not None)
+    _fill(tensors, slots, show=parallel.rank == 0)
+    if workspace is not None:
+        unpack_scales_zeros(decoder, parallel.rank, slots)
+    del slots
     _process(decoder, device)
     return decoder, config
 
@@ -88,9 +101,21 @@ def check_model(
         UserError: as `load_model`.
     """
     config = read_model_config(folder)
-    tensors = family_of(config.architecture).layout.present(config, read_checkpoint(folder))
-    check_tensors(config, tensors, create_shell(config, parallel, session_len).weight_slots())
+    workspace = workspace_of(folder)
+    if workspace is None:
+        tensors = family_of(config.architecture).layout.present(config, read_checkpoint(folder))
+    else:
+        tensors = read_workspace(workspace, parallel)
+    shell = create_shell(config, parallel, session_len)
+    check_tensors(config, tensors, _slots(shell, parallel, workspace is not None))
     return config, tensors
+
+
+def _slots(
+    decoder: Decoder, parallel: ParallelContext, from_workspace: bool
+) -> dict[str, WeightSlot]:
+    """Where the tensors go, by their names in a workspace, or by the decoder's own."""
+    return workspace_slots(decoder, parallel.rank) if from_workspace else decoder.weight_slots()
 
 
 def create_shell(

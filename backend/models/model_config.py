@@ -15,6 +15,7 @@ from typing import Any
 
 from backend.errors import UserError
 from backend.layers.rotary import RopeParameters, check_rope
+from backend.workspace.layout import text_folder
 
 MAX_CONFIG_BYTES = 16 << 20
 
@@ -193,7 +194,7 @@ def read_json_object(path: str, max_bytes: int) -> dict[str, Any]:
 
 
 def read_config_fields(folder: str) -> ConfigFields:
-    """config.json of a model's folder.
+    """config.json of a model's folder, or of a workspace.
 
     Raises:
         UserError: if the folder is missing or is no model's, or the file is not valid.
@@ -208,7 +209,7 @@ def read_config_fields(folder: str) -> ConfigFields:
             "Give the folder that holds config.json and the weights.",
             field="model",
         )
-    path = os.path.join(folder, "config.json")
+    path = os.path.join(text_folder(folder), "config.json")
     if not os.path.lexists(path):
         raise UserError(
             f"The folder {folder} is no model: it has no config.json.",

@@ -38,6 +38,10 @@ FLOORS = {
     "backend.model_files": 19,
     "backend.template_process": 19,
     "backend.keyfile": 20,
+    "backend.workspace": 25,
+    "backend.import_bin": 26,
+    "backend.workspace_commands": 40,
+    "backend.workspace.layout": 5,  # where a workspace's files are: every floor reads them
     "backend.models": 15,
     "backend.layers": 14,
     "kernels": 10,
@@ -108,6 +112,9 @@ def test_no_file_over_400_lines(path):
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_nothing_unpickles_or_runs_foreign_code(path):
     text = path.read_text(encoding="utf-8")
+    if module_of(path) == "backend.import_bin":  # a process of its own, with limits
+        assert text.count("torch.load(") == text.count("weights_only=True)") == 1
+        text = text.replace("torch.load(", "")
     for word in (
         r"import pickle|\bpickle\.\w",
         r"torch\.load\(",

@@ -1,0 +1,146 @@
+"""config.ini's keys, once: what each is, what it may be, and what it does here."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from backend.errors import UserError
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of section [llama].
+
+    Attributes:
+        kind: "model" and "weights": what the weights decide, so nobody may change it; "engine":
+            a setting of EngineConfig; "legacy": kept, and without effect.
+        type: int, float or str. Switches are 0 and 1, as LMDeploy has them.
+        help: for people.
+        fields: of EngineConfig that the key speaks of. A flag for any of them wins over the key.
+        default: what `convert` writes; None where that depends on the model. A legacy key's is
+            LMDeploy's.
+    """
+
+    name: str
+    kind: str
+    type: type
+    help: str
+    fields: tuple[str, ...] = ()
+    default: Any = None
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def locked(self) -> bool:
+        return self.kind in ("model", "weights")
+
+    def parse(self, text: str) -> Any:
+        """The value that `text` is.
+
+        Raises:
+            UserError: it is of another type, or out of bounds.
+        """
+        value: Any = text
+        try:
+            if self.type is not str:
+                value = self.type(text)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError
+        except ValueError:
+            what = {int: "a whole number", float: "a number"}[self.type]
+            raise self.refusal(f"must be {what}", text) from None
+        if self.choices and value not in self.choices:
+            raise self.refusal(f"must be one of {', '.join(map(str, self.choices))}", text)
+        low, high = self.low, self.high
+        if (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise self.refusal(f"must be {bounds}", text)
+        return value
+
+    def refusal(self, rule: str, text: str) -> UserError:
+        """`text` does not keep to `rule`."""
+        return UserError(f"config.ini: {self.name} {rule}, not {text!r:.80}.", field=self.name)
+
+    def show(self, value: Any) -> str:
+        """As config.ini spells it."""
+        return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+SWITCH = (0, 1)
+KV = ("quant_policy", "kv_cache_dtype")
+POOL = ("cache_max_entry_count", "kv_cache_gb", "kv_cache_tokens")
+STEP = ("max_prefill_token_num",)
+KEYS: dict[str, Key] = {
+    key.name: key
+    for key in (
+        Key("model_name", "model", str, "its name in the API, and of its chat template"),
+        Key("tensor_para_size", "weights", int, "GPUs that the weights are parted for", ("tp",)),
+        Key("head_num", "model", int, "attention heads"),
+        Key("kv_head_num", "model", int, "heads of K and V"),
+        Key("vocab_size", "model", int, "tokens in the vocabulary"),
+        Key("num_layer", "model", int, "decoder layers"),
+        Key("inter_size", "model", int, "inner size of the MLP"),
+        Key("norm_eps", "model", float, "epsilon of the norms"),
+        Key("attn_bias", "model", int, "1: attention has biases"),
+        Key("start_id", "model", int, "id of the token that begins a text; -1: none"),
+        Key("end_id", "model", int, "id of the token that ends a reply; -1: none"),
+        Key("session_len", "engine", int, "longest conversation in tokens, reply included",
+            ("session_len",), low=16),
+        Key("weight_type", "weights", str, "fp32, fp16, bf16, int8 or int4"),
+        Key("rotary_embedding", "model", int, "elements of a head that are rotated"),
+        Key("rope_theta", "model", float, "base of the rotation"),
+        Key("size_per_head", "model", int, "elements of a head"),
+        Key("group_size", "weights", int, "weights that share a scale, where they have 4 bits"),
+        Key("max_batch_size", "engine", int, "sequences that run at the same time",
+            ("max_batch_size",), 128, 1, 4096),
+        Key("max_context_token_num", "engine", int,
+            "prompt tokens that one step computes; up to max_batch_size it counts session_lens, "
+            "so that 1 is a whole conversation", STEP, 2048, 1),
+        Key("step_length", "legacy", int, "tokens a decoding step; is 1", default=1),
+        Key("cache_max_entry_count", "engine", float,
+            "KV cache: below 1 a share of the memory that is free once the weights are loaded, "
+            "from 1 a number of blocks", POOL, 0.8, 0.001),
+        Key("cache_block_seq_len", "engine", int, "tokens in one KV block",
+            ("cache_block_seq_len",), 64, choices=(8, 16, 32, 64, 128, 256)),
+        Key("cache_chunk_size", "legacy", int,
+            "blocks allocated at a time; the whole pool is allocated at the start", default=-1),
+        Key("num_tokens_per_iter", "engine", int,
+            "prompt tokens that one step computes; 0 does as max_context_token_num says", STEP, 0,
+            0),
+        Key("max_prefill_iters", "legacy", int, "steps that a prompt is spread over", default=1),
+        Key("extra_tokens_per_iter", "legacy", int, "slack to end a prompt's last step", default=0),
+        Key("use_context_fmha", "legacy", int, "fused attention of prompts; it always is",
+            default=1),
+        Key("quant_policy", "engine", int, "KV cache: 0 in 16 bits, 4 or 8 in int8", KV, 0,
+            choices=(0, 4, 8)),
+        Key("kv_cache_dtype", "engine", str,
+            "KV cache by name; auto does as quant_policy says", KV, "auto",
+            choices=("auto", "int8", "int4")),
+        Key("max_position_embeddings", "model", int, "tokens that the model was trained for"),
+        Key("rope_scaling_factor", "engine", float,
+            "from 1: dynamic NTK, for texts longer than the model was trained for; 0 is off",
+            ("rope_scaling_factor",), 0.0, 0),
+        Key("use_logn_attn", "engine", int, "1: scale queries beyond the trained length by its log",
+            ("use_logn_attn",), 0, choices=SWITCH),
+    )
+}  # fmt: skip
+
+
+def known_key(name: str) -> Key:
+    """The key called `name`.
+
+    Raises:
+        UserError: there is none; names the nearest.
+    """
+    if name not in KEYS:
+        near = difflib.get_close_matches(name, KEYS, 1)
+        raise UserError(
+            f"config.ini has no key {name!r:.80}.",
+            f"Did you mean {near[0]}?" if near else "`config show` lists them all.",
+            field=name,
+        )
+    return KEYS[name]
