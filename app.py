@@ -8,6 +8,7 @@ python app.py benchmark profile_generation MODEL   how fast it is; docs/benchmar
 python app.py lite auto_awq MODEL              quantize it, and measure how good it is then
 python app.py convert NAME MODEL               make a workspace; MODEL above may be one
 python app.py config show WORKSPACE            its config.ini: every key, and what it does
+python app.py download NAMESPACE/NAME          fetch a model; MODEL above may be its id, too
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from backend import config
 from backend.benchmark.commands import add_commands
 from backend.config import EngineConfig, SamplingParams, ServerConfig
 from backend.errors import UserError
+from backend.hub_commands import add_command as add_download_command, fetch_named_models
 from backend.workspace.settings import engine_options, model_name
 from backend.workspace_commands import (
     COMMANDS as WORKSPACE_COMMANDS,
@@ -35,7 +37,9 @@ from quantize.commands import add_commands as add_lite_commands
 if TYPE_CHECKING:
     from backend.services import Services
 
-COMMANDS = ("run", "serve", "chat", "benchmark", "lite", *WORKSPACE_COMMANDS, "-h", "--help")
+COMMANDS = (
+    "run", "serve", "chat", "benchmark", "lite", "download", *WORKSPACE_COMMANDS, "-h", "--help",
+)  # fmt: skip
 BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "demo_model"
 
 
@@ -44,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        fetch_named_models(args)
         outcome = args.run(args)
         return asyncio.run(outcome) if asyncio.iscoroutine(outcome) else outcome
     except UserError as error:
@@ -94,6 +99,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     names = "calibrate|auto_awq|smooth_quant|kv_qparams|evaluate"
     add_lite_commands(lite.add_subparsers(required=True, metavar=names))
     add_workspace_commands(commands)
+    add_download_command(commands)
     return parser.parse_args(argv)
 
 

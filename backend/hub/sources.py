@@ -1,0 +1,249 @@
+"""The hubs' protocols: which files a model has, and where each one lies.
+
+One fetcher of our own serves all of them. huggingface_hub cannot speak to ModelScope, fetches
+through Xet past a mirror, and begins a file anew after a kill; two libraries would also mean two
+sets of rules about tokens, redirects and hashes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import quote, urlencode
+
+from backend.errors import UserError
+from backend.hub.connection import Connection, Passing
+from backend.hub.errors import HubError, MissingError
+
+# Name -> default endpoint.
+ENDPOINTS = {
+    "huggingface": "https://huggingface.co",
+    "mirror": "https://hf-mirror.com",
+    "modelscope": "https://www.modelscope.cn",
+}
+MAX_FILES = 20_000
+MAX_FILE_BYTES = 1 << 50
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?"
+_ID = re.compile(f"{_PART}/{_PART}")
+_REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
+# No ".", "..", hidden name, backslash, drive, control character; no dot or space at the end.
+_NAME = re.compile(r"(?![. ])[^\x00-\x1f\x7f/\\:]{1,200}(?<![. ])")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file as a hub lists it.
+
+    Attributes:
+        path: POSIX, relative to the model's folder; checked, see `checked_path`.
+        size: bytes.
+        sha256: of its content, hexadecimal; "" if the hub does not tell (small files of git).
+        blob: git's SHA-1 of the blob; "" if the hub does not tell.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    blob: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """All files of a model at one commit.
+
+    Attributes:
+        commit: 40 hexadecimal digits. "" if ModelScope's git cannot be asked: then only the
+            files' SHA-256, of which it has all, hold the content fast.
+        gated: the hub wants terms to be accepted, so files may be refused though the list is not.
+    """
+
+    commit: str
+    files: tuple[HubFile, ...]
+    gated: bool = False
+
+
+class Source(Protocol):
+    """A hub's protocol over a connection to it."""
+
+    default_revision: str
+
+    def listing(self, id: str, revision: str) -> Listing: ...
+
+    def url(self, id: str, revision: str, path: str) -> str: ...
+
+
+class HuggingFace:
+    """huggingface.co and its mirrors."""
+
+    default_revision = "main"
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def listing(self, id: str, revision: str) -> Listing:
+        root = f"{self._connection.endpoint}/api/models/{id}"
+        url = f"{root}/revision/{quote(revision, safe='')}?blobs=true"
+        info = _mapping(self._connection.read_json(url, "the list of files"))
+        commit = info.get("sha")
+        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+            raise self._nonsense()
+        entries = [_mapping(entry) for entry in _sequence(info.get("siblings"))]
+        if any("size" not in entry or not (entry.get("lfs") or entry.get("blobId"))
+               for entry in entries):  # a mirror that does not know `blobs`
+            files = self._tree(root, commit)
+        else:
+            files = [_file(entry.get("rfilename"), entry.get("size"),
+                           _mapping(entry.get("lfs") or {}).get("sha256"), entry.get("blobId"))
+                     for entry in entries]
+        return Listing(commit, tuple(files), bool(info.get("gated")))
+
+    def _tree(self, root: str, commit: str) -> list[HubFile]:
+        url = f"{root}/tree/{commit}?recursive=true"
+        entries = _sequence(self._connection.read_json(url, "the list of files"))
+        if len(entries) >= 1000:  # it comes in pages; who has no `blobs` may have no pages either
+            raise HubError(f"{self._connection.host} lists too many files.",
+                           "Use --source huggingface or modelscope.")
+        return [_file(entry.get("path"), entry.get("size"),
+                      _mapping(entry.get("lfs") or {}).get("oid"), entry.get("oid"))
+                for entry in map(_mapping, entries) if entry.get("type") == "file"]
+
+    def url(self, id: str, revision: str, path: str) -> str:
+        revision = quote(revision, safe="")
+        return f"{self._connection.endpoint}/{id}/resolve/{revision}/{quote(path)}"
+
+    def _nonsense(self) -> HubError:
+        return HubError(f"{self._connection.host} does not answer like a hub.",
+                        "Check the endpoint.")
+
+
+class ModelScope:
+    """modelscope.cn. It lists a SHA-256 for every file. Its API names no commit, its git does."""
+
+    default_revision = "master"
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def listing(self, id: str, revision: str) -> Listing:
+        commit = revision if _COMMIT.fullmatch(revision) else self._commit(id, revision)
+        query = urlencode({"Revision": commit or revision, "Recursive": "True"})
+        url = f"{self._connection.endpoint}/api/v1/models/{id}/repo/files?{query}"
+        answer = _mapping(self._connection.read_json(url, "the list of files"))
+        if answer.get("Success") is False:  # it says so with status 200
+            raise MissingError(f"{self._connection.host} has no such model or revision.",
+                               "Check the spelling: NAMESPACE/NAME.")
+        files = [_file(entry.get("Path"), entry.get("Size"), entry.get("Sha256"), "")
+                 for entry in map(_mapping, _sequence(_mapping(answer.get("Data")).get("Files")))
+                 if entry.get("Type") == "blob"]
+        return Listing(commit, tuple(files))
+
+    def url(self, id: str, revision: str, path: str) -> str:
+        query = urlencode({"Revision": revision, "FilePath": path})
+        return f"{self._connection.endpoint}/api/v1/models/{id}/repo?{query}"
+
+    def _commit(self, id: str, revision: str) -> str:
+        """What git's list of references says the branch or tag is at; "" if there is none."""
+        url = f"{self._connection.endpoint}/{id}.git/info/refs?service=git-upload-pack"
+        try:
+            text = self._connection.read(url, "the list of branches").decode("ascii", "replace")
+        except (HubError, Passing):  # the list of files will tell what is wrong
+            return ""
+        for kind in ("heads", "tags"):
+            name = re.escape(f"refs/{kind}/{revision}")
+            # An annotated tag has a line of its own for the commit that it means: name^{}.
+            for end in (r"\^\{\}", ""):
+                if found := re.search(rf"([0-9a-f]{{40}}) {name}{end}[\0\n]", text):
+                    return found[1]
+        return ""
+
+
+PROTOCOLS: dict[str, Callable[[Connection], Source]] = {
+    "huggingface": HuggingFace, "mirror": HuggingFace, "modelscope": ModelScope}
+
+
+def default_source() -> str:
+    """The hub to ask if none is named: by the variables that users of other tools have set."""
+    if os.environ.get("LMDEPLOY_USE_MODELSCOPE", "").lower() in ("1", "true", "yes", "on"):
+        return "modelscope"
+    return "mirror" if os.environ.get("HF_ENDPOINT") else "huggingface"
+
+
+def default_endpoint(source: str) -> str:
+    """Where a source is; HF_ENDPOINT says where the mirror is.
+
+    Raises:
+        UserError: there is no such source.
+    """
+    if source not in ENDPOINTS:
+        raise UserError(f"{source!r:.100} is not a hub.", f"Use one of: {', '.join(ENDPOINTS)}.",
+                        field="source")
+    return (source == "mirror" and os.environ.get("HF_ENDPOINT")) or ENDPOINTS[source]
+
+
+def default_token(source: str, endpoint: str) -> str | None:
+    """The environment's token for a hub. It is for that hub: no other endpoint gets it."""
+    if endpoint != ENDPOINTS.get(source) or source == "mirror":
+        return None
+    name = "HF_TOKEN" if source == "huggingface" else "MODELSCOPE_API_TOKEN"
+    return os.environ.get(name, "").strip() or None
+
+
+def is_id(text: str) -> bool:
+    """Whether it can be a model's id: NAMESPACE/NAME."""
+    return bool(_ID.fullmatch(text)) and ".." not in text
+
+
+def checked_id(text: str) -> str:
+    """The id. Raises UserError if it is none."""
+    if not is_id(text):
+        raise UserError(f"{text!r:.200} is not the id of a model.",
+                        "Ids are NAMESPACE/NAME, such as Qwen/Qwen2.5-0.5B-Instruct.", field="id")
+    return text
+
+
+def checked_revision(text: str) -> str:
+    """The revision. Raises UserError if it is none."""
+    if not _REVISION.fullmatch(text) or ".." in text:
+        raise UserError(f"{text!r:.200} is not a revision.",
+                        "Give a branch, a tag or a commit.", field="revision")
+    return text
+
+
+def checked_path(path: str) -> str:
+    """A path of a listing that stays inside the folder it is joined to.
+
+    Raises:
+        HubError: it is absolute, has "..", or has names that some system reads otherwise.
+    """
+    parts = path.split("/")
+    if len(parts) > 20 or not all(map(_NAME.fullmatch, parts)):
+        raise HubError(f"The hub lists a file with an unusable name: {path!r:.100}.",
+                       "Nothing was fetched. Do not use this model.")
+    return path
+
+
+def _file(path: Any, size: Any, sha256: Any, blob: Any) -> HubFile:
+    sha256 = sha256.lower() if isinstance(sha256, str) else ""
+    blob = blob.lower() if isinstance(blob, str) else ""
+    if type(size) is not int or not 0 <= size <= MAX_FILE_BYTES:
+        raise HubError(f"The hub lists no size for {path!r:.100}.", "Try another --source.")
+    return HubFile(path if isinstance(path, str) else repr(path), size,
+                   sha256 if _SHA256.fullmatch(sha256) else "",
+                   blob if _COMMIT.fullmatch(blob) else "")
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise HubError("The hub's list of files is not one.", "Check the endpoint.")
+    return value
+
+
+def _sequence(value: Any) -> list[Any]:
+    if not isinstance(value, list) or len(value) > MAX_FILES:
+        raise HubError("The hub's list of files is not one.", "Check the endpoint.")
+    return value
