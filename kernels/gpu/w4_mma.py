@@ -136,7 +136,7 @@ def _load_pair(pointers, wanted, ALL: tl.constexpr, ASM: tl.constexpr):
 def _load_scale(pointers, ASM: tl.constexpr):
     if ASM:
         word = tl.inline_asm_elementwise(
-            "ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=True, pack=1
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
         )
     else:
         word = tl.load(pointers)
@@ -144,8 +144,16 @@ def _load_scale(pointers, ASM: tl.constexpr):
 
 
 @triton.jit
-def _load_scales(pointers, GROUPS: tl.constexpr, ASM: tl.constexpr):
-    """A row's (scale, zero) for each of its four words; groups lie 64 apart."""
+def _load_scales(places, warp, step, COLUMN_TILES: tl.constexpr, GROUPS: tl.constexpr,
+                 WARPS: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """A row's (scale, zero) for each of its four words; groups lie 64 apart.
+
+    A warp without a tile left reads some scale again; its words and its x are zero.
+    """
+    tile = step * WARPS
+    if (step + 1) * WARPS > COLUMN_TILES:
+        tile = tl.minimum(tile + warp, COLUMN_TILES - 1) - warp
+    pointers = places + tile * (64 * GROUPS)
     first = _load_scale(pointers, ASM)
     if GROUPS == 1:
         words = (first, first, first, first)
@@ -163,17 +171,35 @@ def _load_scales(pointers, GROUPS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _unpack(w0, w1, w2, w3, scales, BF16: tl.constexpr, ASM: tl.constexpr):
-    """The 16 pairs of a row's four words."""
-    low, high = offsets_of(scales[0], BF16)
-    p0 = unpack_pairs(w0, low, high, BF16, ASM)
-    low, high = offsets_of(scales[1], BF16)
-    p1 = unpack_pairs(w1, low, high, BF16, ASM)
-    low, high = offsets_of(scales[2], BF16)
-    p2 = unpack_pairs(w2, low, high, BF16, ASM)
-    low, high = offsets_of(scales[3], BF16)
-    p3 = unpack_pairs(w3, low, high, BF16, ASM)
-    return p0 + p1 + p2 + p3
+def _load_tokens(x, x_stride, x_pairs: tl.constexpr, tokens, first_token, step: tl.constexpr,
+                 warp, r, c, WARPS: tl.constexpr, TOKEN_TILES: tl.constexpr,
+                 ASM: tl.constexpr):  # fmt: skip
+    """Sixteen pairs a lane for each eight tokens; beyond the last token that one again."""
+    always = (warp + r + c) >= 0
+    xs = ()
+    for t in tl.static_range(TOKEN_TILES):
+        token = tl.minimum(first_token + 8 * t + r, tokens - 1)
+        row_place = x + token.to(tl.int64) * x_stride
+        for pair in tl.static_range(16):
+            column = (step * WARPS + warp) * 64 + pair * 4 + c
+            wanted = always & (column < x_pairs)
+            loaded = _load_pair(row_place + column, wanted, (step + 1) * WARPS * 64 <= x_pairs, ASM)
+            xs = xs + (loaded,)  # type: ignore[assignment]
+    return xs
+
+
+@triton.jit
+def _unpack(ring, scales, at: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+    """The 16 pairs of a row's four words, `at` of the ring and on, and the words' scales."""
+    low, high = offsets_of(scales[at], BF16)
+    p0 = unpack_pairs(ring[at], low, high, BF16, ASM)
+    low, high = offsets_of(scales[at + 1], BF16)
+    p1 = unpack_pairs(ring[at + 1], low, high, BF16, ASM)
+    low, high = offsets_of(scales[at + 2], BF16)
+    p2 = unpack_pairs(ring[at + 2], low, high, BF16, ASM)
+    low, high = offsets_of(scales[at + 3], BF16)
+    p3 = unpack_pairs(ring[at + 3], low, high, BF16, ASM)
+    return p0 + p1 + p2 + p3, scales[at : at + 4]
 
 
 @triton.jit
@@ -281,12 +307,16 @@ def w4_mma_kernel(
 
     always = (warp + r + c) >= 0
     ring = ()
+    scales = ()
     for i in tl.static_range(min(AHEAD, STEPS)):
         wanted = always if (i + 1) * WARPS <= COLUMN_TILES else always & (
             i * WARPS + warp < COLUMN_TILES
         )
         for part in tl.static_range(PARTS):
             ring = ring + _load_words(places[part] + i * (WARPS * 1024), wanted, ASM)
+            scales = scales + _load_scales(
+                scale_places[part], warp, i, COLUMN_TILES, GROUPS, WARPS, ASM
+            )
     release_successor(PDL)
     wait_for_predecessor(PDL)
 
@@ -295,6 +325,9 @@ def w4_mma_kernel(
     accs = ()
     for _ in tl.static_range(BLOCKS * TOKEN_TILES * 4):
         accs = accs + (tl.zeros([WARPS, 8, 4], dtype=tl.float32),)  # type: ignore[assignment]
+    following = _load_tokens(
+        x, x_stride, x_pairs, tokens, first_token, 0, warp, r, c, WARPS, TOKEN_TILES, ASM
+    )
     for i in tl.static_range(STEPS):
         if i + AHEAD < STEPS:
             wanted = always if (i + AHEAD + 1) * WARPS <= COLUMN_TILES else always & (
@@ -302,45 +335,19 @@ def w4_mma_kernel(
             )
             for part in tl.static_range(PARTS):
                 ring = ring + _load_words(places[part] + (i + AHEAD) * (WARPS * 1024), wanted, ASM)
-        tile = i * WARPS + warp
-        xs = ()
-        for t in tl.static_range(TOKEN_TILES):
-            # Beyond the last token: that one again. Its results are not stored.
-            token = tl.minimum(first_token + 8 * t + r, tokens - 1)
-            row_place = x + token.to(tl.int64) * x_stride
-            for pair in tl.static_range(16):
-                column = tile * 64 + pair * 4 + c
-                wanted = always & (column < x_pairs)
-                loaded = _load_pair(
-                    row_place + column, wanted, (i + 1) * WARPS * 64 <= x_pairs, ASM
+                scales = scales + _load_scales(
+                    scale_places[part], warp, i + AHEAD, COLUMN_TILES, GROUPS, WARPS, ASM
                 )
-                xs = xs + (loaded,)  # type: ignore[assignment]
-        # A warp without a tile left reads some scale again; its words and its x are zero.
-        tile = tl.minimum(tile, COLUMN_TILES - 1) - warp
+        xs = following
+        if i + 1 < STEPS:
+            following = _load_tokens(
+                x, x_stride, x_pairs, tokens, first_token, i + 1, warp, r, c, WARPS, TOKEN_TILES,
+                ASM,
+            )  # fmt: skip
         sums = ()
         for block in tl.static_range(BLOCKS):
-            low_scales = _load_scales(scale_places[2 * block] + tile * (64 * GROUPS), GROUPS, ASM)
-            high_scales = _load_scales(
-                scale_places[2 * block + 1] + tile * (64 * GROUPS), GROUPS, ASM
-            )
-            low = _unpack(
-                ring[(i * PARTS + 2 * block) * 4],
-                ring[(i * PARTS + 2 * block) * 4 + 1],
-                ring[(i * PARTS + 2 * block) * 4 + 2],
-                ring[(i * PARTS + 2 * block) * 4 + 3],
-                low_scales,
-                BF16,
-                ASM,
-            )
-            high = _unpack(
-                ring[(i * PARTS + 2 * block) * 4 + 4],
-                ring[(i * PARTS + 2 * block) * 4 + 5],
-                ring[(i * PARTS + 2 * block) * 4 + 6],
-                ring[(i * PARTS + 2 * block) * 4 + 7],
-                high_scales,
-                BF16,
-                ASM,
-            )
+            low, low_scales = _unpack(ring, scales, (i * PARTS + 2 * block) * 4, BF16, ASM)
+            high, high_scales = _unpack(ring, scales, (i * PARTS + 2 * block + 1) * 4, BF16, ASM)
             for t in tl.static_range(TOKEN_TILES):
                 sums = sums + _multiply(
                     low,
