@@ -121,7 +121,8 @@ def check_finite(source: Source, progress: Progress) -> None:
                     tensor = read_tensor(file, source.tensors[name])
                     if tensor.is_floating_point() and not is_finite(tensor):
                         raise UserError(
-                            f"{name} in {source.folder} contains NaN or infinity.",
+                            f"{source.tensors[name].name} in {source.folder} contains NaN or "
+                            "infinity.",
                             f"The weights are damaged. {DOWNLOAD_AGAIN}",
                             field="model",
                         )

@@ -88,8 +88,9 @@ class ParallelLMHead(nn.Module):
         assert self.table is not None
         self.weight = self.table.weight
         if self.normalized:
-            rows = F.normalize(self.weight.float()).to(self.weight.dtype)
-            self.weight = nn.Parameter(rows, requires_grad=False)
+            # Some rows at a time: a float32 copy of all would be the model's largest tensor by far.
+            parts = [F.normalize(rows.float()).to(rows.dtype) for rows in self.weight.split(8192)]
+            self.weight = nn.Parameter(torch.cat(parts), requires_grad=False)
         self.table = None  # if it is the head's own, this frees the layout that loading needed
         self.method.process_weights_after_loading(self)
 

@@ -73,7 +73,7 @@ def read_tensor(
             here = slice(start + first, start + last)
             pieces.append(stored[(*source[:dim], here, *source[dim + 1 :])])
         at += length
-    return torch.cat(pieces, dim)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def read_checkpoint(folder: str) -> dict[str, TensorInfo]:

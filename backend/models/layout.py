@@ -120,6 +120,12 @@ class Layout:
         parts = []
         total = 0
         for name, runs in zip(QKV, self.order(config), strict=True):
+            if any(start % divisor or length % divisor for start, length in runs):
+                raise UserError(
+                    f"{stored:.200} stores {divisor} outputs together, which heads of "
+                    f"{config.head_dim} do not fill.",
+                    "config.json and weights do not belong together.",
+                )
             in_elements = tuple((start // divisor, length // divisor) for start, length in runs)
             length = sum(length for _, length in in_elements)
             shape = (*info.shape[:dim], length, *info.shape[dim + 1 :])

@@ -19,6 +19,10 @@ class QWenLMHeadModel(Decoder):
 
     model_type = "qwen"
     spellings = {
+        "hidden_size": "n_embd",  # the first four only in the first release
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "intermediate_size": "ffn_hidden_size",
         "max_position_embeddings": "seq_length",
         "head_dim": "kv_channels",
         "rms_norm_eps": "layer_norm_epsilon",

@@ -133,6 +133,13 @@ def test_messages_name_what_the_checkpoint_holds(tmp_path):
         loader.load_model(str(tmp_path), torch.float32, CPU, ParallelContext())
 
 
+def test_4_bit_words_that_cross_heads_are_refused(tmp_path):
+    make_family(tmp_path, "internlm2", awq=True)
+    # Q, K and V have as many outputs as before, but a head is half a word.
+    edit_config(tmp_path, head_dim=4, num_attention_heads=16, num_key_value_heads=8)
+    assert "stores 8 outputs together, which heads of 4 do not fill" in refused(tmp_path)
+
+
 @pytest.mark.parametrize(
     "name, changes, words",
     [

@@ -119,6 +119,12 @@ def test_what_only_they_say():
     qwen = parsed(PUBLISHED["Qwen-7B-Chat"][0])
     assert (qwen.max_position_embeddings, qwen.head_dim, qwen.dtype) == (8192, 128, "bfloat16")
     assert qwen.use_dynamic_ntk and qwen.use_logn_attn and qwen.rms_norm_eps == 1e-6
+    renamed = dict(
+        hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
+        intermediate_size="ffn_hidden_size",
+    )  # fmt: skip
+    first = {renamed.get(key, key): value for key, value in PUBLISHED["Qwen-7B-Chat"][0].items()}
+    assert parsed(first) == qwen
     assert parsed(PUBLISHED["Baichuan2-7B-Chat"][0]).normalized_head
     assert parsed(PUBLISHED["internlm2_5-7b-chat"][0]).rope.factor == 2.0
     internlm = dict(
