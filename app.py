@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from backend import config
 from backend.benchmark.commands import add_commands
-from backend.config import EngineConfig, SamplingParams, ServerConfig
+from backend.chat_formats import template_choice
+from backend.config import ChatConfig, EngineConfig, SamplingParams, ServerConfig
 from backend.errors import UserError
 from backend.hub_commands import add_command as add_download_command, fetch_named_models
 from backend.workspace.settings import engine_options, model_name
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 COMMANDS = (
     "run", "serve", "chat", "benchmark", "lite", "download", *WORKSPACE_COMMANDS, "-h", "--help",
 )  # fmt: skip
+SERVER = (EngineConfig, ChatConfig, ServerConfig)
 BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "demo_model"
 
 
@@ -82,14 +84,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _command(commands, "run", "page and API on one port", run_page, EngineConfig, ServerConfig)
+    _command(commands, "run", "page and API on one port", run_page, *SERVER)
     serve = commands.add_parser("serve", help="a server: api_server or gradio")
     kinds = serve.add_subparsers(required=True, metavar="api_server|gradio")
     text = "the OpenAI-compatible API"
-    _command(kinds, "api_server", text, run_api_server, EngineConfig, ServerConfig)
+    _command(kinds, "api_server", text, run_api_server, *SERVER)
     text = "the page, over the api_server at a URL or with a model of its own"
-    _command(kinds, "gradio", text, run_page, EngineConfig, ServerConfig)
-    chat = _command(commands, "chat", "in the terminal", run_chat, EngineConfig, SamplingParams)
+    _command(kinds, "gradio", text, run_page, *SERVER)
+    settings = (EngineConfig, ChatConfig, SamplingParams)
+    chat = _command(commands, "chat", "in the terminal", run_chat, *settings)
     chat.add_argument("--system", help="system prompt")
     chat.add_argument("--api-key", default="", help="key of the api_server, if MODEL is a URL")
     names = "profile_generation|profile_throughput|profile_restful_api"
@@ -125,7 +128,7 @@ def open_services(args: argparse.Namespace, api_key: str = "") -> Services:
     target = os.path.expanduser(getattr(args, "model", str(BUNDLED_MODEL)))
     is_address = target.rpartition(":")[2].isdigit() and not os.path.exists(target)
     if "://" in target or is_address:
-        for name in (*(f.name for f in fields(EngineConfig)), "model_name"):
+        for name in (f.name for cls in (EngineConfig, ChatConfig) for f in fields(cls)):
             if name != "model" and hasattr(args, name):
                 flag = "--" + name.replace("_", "-")
                 raise UserError(
@@ -137,9 +140,11 @@ def open_services(args: argparse.Namespace, api_key: str = "") -> Services:
     # The engine's process has another working directory.
     engine = config.from_namespace(EngineConfig, args, **options)
     engine = replace(engine, model=os.path.abspath(target))
-    name = getattr(args, "model_name", None) or model_name(target)
-    name = name or os.path.basename(engine.model)
-    return local_services(engine, name, ThreadHandle if args.inline else ProcessHandle)
+    named = config.from_namespace(ChatConfig, args)
+    name = named.model_name or model_name(target)
+    template = template_choice(named.chat_template, name)
+    launch = ThreadHandle if args.inline else ProcessHandle
+    return local_services(engine, name or os.path.basename(engine.model), launch, template)
 
 
 async def run_page(args: argparse.Namespace) -> int:

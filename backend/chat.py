@@ -108,6 +108,8 @@ class ChatService:
         self.tokenizer = tokenizer
         self.template = template
         self.model_name = model_name
+        ids, self._stop = template.stops(tokenizer)
+        self._eos = list(dict.fromkeys((*tokenizer.eos_token_ids, *ids)))
         self._clock = clock
 
     async def models(self) -> list[str]:
@@ -126,12 +128,7 @@ class ChatService:
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the reply begins."""
-
-        def work() -> list[int]:
-            text = self.template.render(messages)
-            return self.tokenizer.encode(text, add_special_tokens=False)
-
-        return await asyncio.to_thread(work)
+        return await asyncio.to_thread(self.template.encode, messages, self.tokenizer)
 
     async def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a plain prompt, begun as the model's tokenizer begins text."""
@@ -153,6 +150,7 @@ class ChatService:
     ) -> AsyncGenerator[Delta, None]:
         """See `ChatBackend.stream`; `cache_salt` as in `Request`."""
         prompt = await self.encode_chat(messages)
+        stop = (*stop, *self._stop)
         deltas = self.stream_ids(prompt, sampling, stop=stop, cache_salt=cache_salt)
         async with aclosing(deltas):  # an abandoned generator would abort only when collected
             async for delta in deltas:
@@ -179,7 +177,7 @@ class ChatService:
             uuid.uuid4().hex,
             prompt_token_ids,
             sampling,
-            list(self.tokenizer.eos_token_ids),
+            self._eos,
             cache_salt,
         )
         text = Detokenizer(self.tokenizer, stop=stop)

@@ -1,11 +1,13 @@
-"""Conversations to text by the model's own chat template, in a process that can be killed.
+"""Conversations to text and to token ids, by the model's own chat template or its family's format.
 
-`template_process` is that process, and says why.
+A template is a program that came with the model: it runs in a process that can be killed, and
+`template_process` says why. A format (`chat_formats`) is data.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,9 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from backend import chat_formats
+from backend.chat_formats import ChatFormat
 from backend.errors import UserError
-from backend.model_files import chat_template_source, special_tokens
+from backend.model_files import chat_template_source, read_text, special_tokens
+from backend.tokenizer import Tokenizer
+from backend.tokenizer.tokenizer import END_OF_TURN_TOKENS
 from backend.workspace.layout import text_folder
+
+log = logging.getLogger(__name__)
 
 MAX_MESSAGES = 1024
 MAX_CHARS = 4 << 20  # of all messages together
@@ -30,13 +38,8 @@ HINT = "Use the original files of the model."
 PROJECT = Path(__file__).resolve().parents[1]
 # All that the child inherits. Keys and tokens are none of a template's business.
 ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+# Code points that stand for no character: no text has them, and no template takes them away.
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
 def check_messages(messages: Any) -> list[dict[str, str]]:
@@ -86,16 +89,16 @@ class ChatTemplate:
     """A model's chat template. Rendering blocks, and may be called from any thread.
 
     Args:
-        source: Jinja; None for a model without one, which then cannot chat.
+        source: Jinja, or a format; None for a model without one, which then cannot chat.
         variables: what the template may ask for besides the messages, such as "bos_token".
         seconds: CPU time of one rendering, and of compiling the template.
     """
 
     def __init__(
-        self, source: str | None, variables: Mapping[str, str] | None = None, *,
+        self, source: str | ChatFormat | None, variables: Mapping[str, str] | None = None, *,
         seconds: float = 0.5,
     ) -> None:
-        if source is not None and len(source) > MAX_SOURCE_CHARS:
+        if isinstance(source, str) and len(source) > MAX_SOURCE_CHARS:
             raise UserError(
                 f"The chat template has more than {MAX_SOURCE_CHARS} characters.",
                 "Use the original files of the model.")
@@ -106,19 +109,58 @@ class ChatTemplate:
         self._child: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> ChatTemplate:
-        """The template of a model folder.
+    def from_folder(cls, folder: str | Path, choice: str = "") -> ChatTemplate:
+        """The template of a model folder or workspace; else its family's format.
 
-        A model without one gets ChatML if its vocabulary has `<|im_start|>`.
+        Args:
+            choice: wins over both: a format's name, or a file: Jinja (.jinja), or LMDeploy's
+                chat_template.json (.json).
 
         Raises:
-            UserError: a broken file.
+            UserError: a broken file, or a choice that there is not.
         """
         folder = text_folder(folder)
-        source = chat_template_source(folder)
-        if source is None and _has_token(folder / "tokenizer.json", "<|im_start|>"):
-            source = CHATML
-        return cls(source, special_tokens(folder))
+        own = chat_template_source(folder)
+        source = chosen(choice) if choice else own
+        if choice and own is not None:
+            log.warning("The chat template %s takes the place of the model's own.", choice)
+        return cls(source or chat_formats.declared(folder), special_tokens(folder))
+
+    def stops(self, tokenizer: Tokenizer) -> tuple[list[int], list[str]]:
+        """(token ids, texts) that end a reply, besides those that the checkpoint names."""
+        if isinstance(self.source, ChatFormat):
+            words = [(word, tokenizer.token_to_id(word)) for word in self.source.stop_words]
+            ids = [i for _, i in words if i in tokenizer.special_ids]
+            return ids, [word for word, i in words if i not in tokenizer.special_ids]
+        tokens = [token for token in END_OF_TURN_TOKENS if token in (self.source or "")]
+        known = [tokenizer.token_to_id(token) for token in tokens]
+        return [i for i in known if i in tokenizer.special_ids], []
+
+    def encode(self, messages: Any, tokenizer: Tokenizer) -> list[int]:
+        """Token ids of the conversation, up to where the reply begins.
+
+        What reads like a special token inside a message is text there, not the token: somebody
+        who types "<|im_end|>" asks about it, and does not end a turn.
+
+        Raises:
+            UserError: see `render`.
+        """
+        checked = check_messages(messages)
+        token = tokenizer.special_token
+        if token is None or not any(token.search(message["content"]) for message in checked):
+            return tokenizer.encode(self.render(checked), add_special_tokens=False)
+        # Cut behind the first character of each, by a mark that survives the template.
+        spoken = "".join(message["content"] for message in checked)
+        mark = next((char for char in NONCHARACTERS if char not in spoken), None)
+        if mark is None:
+            raise UserError("The messages have all noncharacters of Unicode (U+FDD0 to U+FDEF).",
+                            "Leave one out.", field="messages")
+        for message in checked:
+            content = message["content"]
+            starts = [match.start() + 1 for match in token.finditer(content)]
+            ends = zip([0, *starts], [*starts, len(content)], strict=True)
+            message["content"] = mark.join(content[a:b] for a, b in ends)
+        return tokenizer.encode_parts(self.render(checked).split(mark))
 
     def render(self, messages: Any, add_generation_prompt: bool = True) -> str:
         """The conversation as the model was trained to see it, up to where the reply begins.
@@ -134,7 +176,11 @@ class ChatTemplate:
         if self.source is None:
             raise UserError(
                 "This model has no chat template, so it cannot chat.",
-                "Use /v1/completions, or a chat version of the model.")
+                "Name one (--chat-template llama2; python app.py list has all), use "
+                "/v1/completions, or a chat version of the model.")
+        if isinstance(self.source, ChatFormat):
+            begin = self.variables.get("bos_token", "")
+            return self.source.render(checked, begin, add_generation_prompt)
         size = sum(len(message["content"]) for message in checked)
         request = {
             "messages": checked, "add_generation_prompt": add_generation_prompt,
@@ -225,8 +271,18 @@ class ChatTemplate:
                 return UserError(f"The model's chat template failed: {answer['text']}", HINT)
 
 
-def _has_token(path: Path, token: str) -> bool:
-    try:
-        return path.is_file() and json.dumps(token).encode() in path.read_bytes()
-    except OSError:
-        return False
+def chosen(choice: str) -> str | ChatFormat:
+    """The template that a user names, see `ChatTemplate.from_folder`.
+
+    Raises:
+        UserError: no such format, no such file, or a broken one.
+    """
+    path = Path(choice).expanduser()
+    if path.suffix not in chat_formats.FILE_TYPES:
+        return chat_formats.named(choice)
+    if path.suffix == ".json":
+        return chat_formats.from_json(path)
+    source = read_text(path)
+    if source is None:
+        raise UserError(f"There is no file {path}.", chat_formats.HINT, field="chat_template")
+    return source

@@ -165,10 +165,23 @@ class ServerConfig:
     server_name: str = option("127.0.0.1", "address to listen on; other than loopback needs a key")
     server_port: int = option(6006, "port to listen on", low=0, high=65535)
     api_keys: tuple[str, ...] = option((), "keys that clients must send; several, by spaces")
-    model_name: str | None = option(
-        None, "name of the model in the API; default: its folder's name"
-    )
     root_path: str = option("", "path prefix when behind a proxy that adds one")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """What a model is called, and how messages become its prompts."""
+
+    model_name: str | None = option(
+        None,
+        "name of the model in the API; one of the names that `list` prints chooses that chat "
+        "template too; default: its folder's name",
+    )
+    chat_template: str = option(
+        "",
+        "a name that `list` prints, or a .json or .jinja file; default: the checkpoint's own, "
+        "else that of its architecture",
+    )
 
 
 def workspace_kv_cache_dtype(quant_policy: int) -> str:
@@ -310,7 +323,7 @@ def reference_page() -> str:
         "Every setting, made from `backend/config.py` by `make docs`. On the command line it",
         "is spelled `--its-name`, in a request body of the API `its_name`.",
     ]
-    for cls in (EngineConfig, ServerConfig, SamplingParams):
+    for cls in (EngineConfig, ChatConfig, ServerConfig, SamplingParams):
         lines += ["", f"## {cls.__name__}", "", (cls.__doc__ or "").splitlines()[0], ""]
         lines += ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
         for f in fields(cls):

@@ -13,6 +13,7 @@ from backend.errors import UserError
 
 MAX_BYTES = 16 << 20  # the largest tokenizer_config.json in use has about 1 MB
 AGAIN = "Download the model again."
+SENTENCEPIECE_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def read_text(path: Path) -> str | None:
@@ -54,14 +55,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Named tokens ("bos_token": "<s>", ...) of tokenizer_config.json and its older companion."""
+    """Named tokens ("bos_token": "<s>", ...) of tokenizer_config.json and its older companion.
+
+    Beside a tokenizer.model alone, what they leave out is SentencePiece's own, as in transformers.
+    """
     found: dict[str, str] = {}
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        found |= SENTENCEPIECE_TOKENS
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         for name, value in read_json(folder / file).items():
             if isinstance(value, dict):  # an AddedToken, written out
                 value = value.get("content")
             if name.endswith("_token") and isinstance(value, str):
                 found[name] = value
+            elif value is None:
+                found.pop(name, None)
     return found
 
 

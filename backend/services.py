@@ -82,17 +82,25 @@ class Services:
 
 
 def local_services(
-    config: EngineConfig, model_name: str, launch: Callable[[], Handle] = ProcessHandle
+    config: EngineConfig,
+    model_name: str,
+    launch: Callable[[], Handle] = ProcessHandle,
+    chat_template: str = "",
 ) -> Services:
     """Services over an engine of our own. The engine is started by the caller's event loop.
 
+    Args:
+        model_name: in the API.
+        chat_template: instead of the model's own, see `ChatTemplate.from_folder`.
+
     Raises:
-        UserError: the model's folder has no tokenizer that can be used.
+        UserError: the model's folder has no tokenizer that can be used, or there is no such
+            template.
     """
     chat = ChatService(
         AsyncEngine(config, launch),
         Tokenizer.from_folder(config.model),
-        ChatTemplate.from_folder(config.model),
+        ChatTemplate.from_folder(config.model, chat_template),
         model_name,
     )
     return Services(chat, local=chat, sampling_defaults=sampling_defaults(config.model))

@@ -252,7 +252,6 @@ def _prompt_ids(folder: str, tokenizer: Tokenizer, prompt: str) -> list[int]:
     if template.source is None:
         return tokenizer.encode(prompt)
     try:
-        text = template.render([{"role": "user", "content": prompt}])
+        return template.encode([{"role": "user", "content": prompt}], tokenizer)
     finally:
         template.close()
-    return tokenizer.encode(text, add_special_tokens=False)

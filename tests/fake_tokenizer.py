@@ -10,8 +10,12 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from backend.chat_template import CHATML
-
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TEXTS = [
     "the cat sat on the mat, the dog sat on the log", "hello world, hello again and again",
     "def f(x):\n    return x + 1\n", "你好世界，你好吗？我很好。", "今天天气很好，我们去公园。",

@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from backend.detokenizer import Detokenizer
 from backend.tokenizer import Tokenizer
+from backend.tokenizer.json_codec import JsonCodec
 from tests import fake_tokenizer
 
 MAKERS = {
@@ -14,7 +15,7 @@ MAKERS = {
     "sentencepiece": fake_tokenizer.sentencepiece,
     "metaspace": fake_tokenizer.metaspace,
 }
-TOKENIZERS = {name: Tokenizer(make()) for name, make in MAKERS.items()}
+TOKENIZERS = {name: Tokenizer(JsonCodec(make())) for name, make in MAKERS.items()}
 BACKENDS = {name: make() for name, make in MAKERS.items()}
 every_tokenizer = pytest.mark.parametrize("name", list(MAKERS))
 

@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from backend.chat import ChatService
+from backend.chat_template import ChatTemplate
 from backend.config import EngineConfig, ServerConfig
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.engine import Engine
@@ -28,6 +29,7 @@ from backend.engine.types import Sequence
 from backend.server.api import create_app
 from backend.server.limits import Admission, Limits
 from backend.tokenizer import Tokenizer
+from backend.tokenizer.json_codec import JsonCodec
 from tests.fake_model import FakeRunner, fake_info
 
 EOS = 257
@@ -44,13 +46,16 @@ def byte_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = ByteLevelDecoder()
     backend.add_special_tokens(["<s>", "</s>"])
-    return Tokenizer(backend, bos_token="<s>", eos_token_ids=[EOS])
+    return Tokenizer(JsonCodec(backend), bos_token="<s>", eos_token_ids=[EOS])
 
 
-class LastMessage:
+class LastMessage(ChatTemplate):
     """A chat template that shows the last message only."""
 
-    def render(self, messages: Any, **options: Any) -> str:
+    def __init__(self) -> None:
+        super().__init__("not used")
+
+    def render(self, messages: Any, add_generation_prompt: bool = True) -> str:
         return messages[-1]["content"]
 
 
@@ -114,7 +119,7 @@ class Served:
             engine_config or EngineConfig("fake"),
             launch or partial(ThreadHandle, self.script.build))
         self.chat = ChatService(
-            self.engine, byte_tokenizer(), LastMessage(), NAME)  # type: ignore[arg-type]
+            self.engine, byte_tokenizer(), LastMessage(), NAME)
         self.app = create_app(
             self.chat, config, admission=self.admission,
             sampling_defaults={"temperature": 0.5}, docs_at_root=True)

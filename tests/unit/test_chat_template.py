@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from backend.chat_template import CHATML, MAX_CHARS, MAX_MESSAGES, ChatTemplate, check_messages
+from backend.chat_formats import FORMATS, ChatFormat
+from backend.chat_template import MAX_CHARS, MAX_MESSAGES, ChatTemplate, check_messages
 from backend.errors import UserError
 from tests import fake_tokenizer
+from tests.fake_tokenizer import CHATML
 
 QWEN2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -227,7 +229,7 @@ def test_bad_messages(messages: object, match: str) -> None:
     assert caught.value.field == "messages"
 
 
-def template_of(folder: Path) -> str | None:
+def template_of(folder: Path) -> str | ChatFormat | None:
     return ChatTemplate.from_folder(folder).source
 
 
@@ -257,7 +259,7 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
 def test_without_a_template(tmp_path: Path) -> None:
     """ChatML if the vocabulary speaks it; otherwise an error once somebody chats."""
     fake_tokenizer.save(fake_tokenizer.byte_level(), tmp_path)
-    assert template_of(tmp_path) == CHATML
+    assert template_of(tmp_path) == FORMATS["chatml"]
     fake_tokenizer.save(fake_tokenizer.sentencepiece(), tmp_path)
     template = ChatTemplate.from_folder(tmp_path)
     with pytest.raises(UserError, match="no chat template.*/v1/completions"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from backend.config import (
+    ChatConfig,
     EngineConfig,
     SamplingParams,
     ServerConfig,
@@ -23,7 +24,7 @@ from backend.config import (
 )
 from backend.errors import UserError
 
-CONFIGS = [EngineConfig, SamplingParams, ServerConfig]
+CONFIGS = [EngineConfig, SamplingParams, ServerConfig, ChatConfig]
 
 
 def parser_for(cls: type) -> argparse.ArgumentParser:

@@ -206,7 +206,7 @@ def test_an_engine_that_dies_while_the_user_types_is_back_by_itself() -> None:
     async def main() -> None:
         engine = AsyncEngine(EngineConfig("fake"), launch)
         service = ChatService(
-            engine, byte_tokenizer(), LastMessage(), "m")  # type: ignore[arg-type]
+            engine, byte_tokenizer(), LastMessage(), "m")
         await engine.start()
         try:
             await engine.wait_ready()

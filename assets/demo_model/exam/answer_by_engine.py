@@ -29,7 +29,7 @@ class EngineReader:
         """One answer a conversation, in order."""
         answers: dict[str, list[int]] = {}
         for number, messages in enumerate(conversations):
-            prompt = self.tokenizer.encode(self.template.render(messages), add_special_tokens=False)
+            prompt = self.template.encode(messages, self.tokenizer)
             eos = list(self.tokenizer.eos_token_ids)
             self.engine.add_request(Request(str(number), prompt, self.sampling, eos))
             answers[str(number)] = []
