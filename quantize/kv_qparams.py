@@ -16,8 +16,10 @@ from torch import Tensor
 from backend.errors import UserError
 from backend.layers.linear import kv_heads_per_rank
 from backend.layers.parallel import ParallelContext
-from backend.models.kv_params import BITS, FILE_NAME, LARGEST_ZERO, entry_name
+from backend.models.kv_params import BITS, FILE_NAME, LARGEST_ZERO, entry_name, stored_params
 from backend.models.registry import read_model_config
+from backend.models.workspace_kv import write_entries
+from backend.workspace.layout import workspace_of
 
 
 def head_params(low: Tensor, high: Tensor, symmetric: bool = False) -> Tensor:
@@ -57,6 +59,8 @@ def write_kv_qparams(
 ) -> Path:
     """Write `kv_qparams.json` into a model's folder; an engine that starts on it uses it.
 
+    A workspace gets LMDeploy's files: see backend.models.workspace_kv.
+
     Args:
         keys, values: of each layer, smallest and largest value by KV head and element: [K, D].
             Keys are those after the rotation.
@@ -65,7 +69,7 @@ def write_kv_qparams(
         overwrite: whether to replace a file that is there.
 
     Returns:
-        The file's path.
+        The file's path, or the folder of a workspace's files.
 
     Raises:
         UserError: the file is there, the ranks and the KV heads do not divide, the folder is no
@@ -74,15 +78,20 @@ def write_kv_qparams(
     """
     _check_values_unchanged(str(folder))
     path = Path(folder) / FILE_NAME
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} is there already.", "Give --overwrite to replace it.")
-    content: dict[str, object] = {"bits": BITS, "symmetric": symmetric, "num_tp": num_tp}
+    stored = stored_params(folder)
+    if stored is not None and not overwrite:
+        raise UserError(f"{stored} is there already.", "Give --overwrite to replace it.")
+    entries: dict[str, object] = {}
     for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
         rows = torch.cat([head_params(*part, symmetric) for part in (key, value)], dim=-1)
         for rank in range(num_tp):
             count = kv_heads_per_rank(len(rows), ParallelContext(rank, num_tp))
             mine = rows.narrow(0, rank * len(rows) // num_tp, count)
-            content[entry_name(layer, rank)] = mine.tolist()
+            entries[entry_name(layer, rank)] = mine.tolist()
+    workspace = workspace_of(folder)
+    if workspace is not None:
+        return write_entries(workspace, entries, overwrite)
+    content = {"bits": BITS, "symmetric": symmetric, "num_tp": num_tp, **entries}
     partial = path.with_name(FILE_NAME + ".partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:

@@ -6,7 +6,7 @@
 An entry a layer and rank, a row a KV head of that rank; an element is q * scale + zero, q from 0 to
 255. The entries have the names of LMDeploy's files, which hold one row for all heads of a rank,
 and a zero that belongs to q = 128. JSON, because other engines take every .safetensors file in a
-model's folder for weights.
+model's folder for weights. A workspace has a file for each entry: see workspace_kv.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from backend.errors import UserError
 from backend.layers.linear import kv_heads_per_rank
 from backend.layers.parallel import ParallelContext
 from backend.models.model_config import ModelConfig, read_json_object
+from backend.models.workspace_kv import kv_files, read_entries
+from backend.workspace.layout import workspace_of
 
 FILE_NAME = "kv_qparams.json"
 BITS = 8  # that the scales are of; with fewer, the same range has fewer steps
@@ -46,10 +48,10 @@ def read_kv_params(
     Raises:
         UserError: the file is damaged or of another model.
     """
-    path = os.path.join(folder, FILE_NAME)
-    if not os.path.lexists(path):
+    raw = _entries(folder)
+    if raw is None:
         return None
-    raw = read_json_object(path, MAX_BYTES)
+    path = stored_params(folder)
     ranks = raw.get("num_tp")
     if type(ranks) is not int or not 1 <= ranks <= 1024 or raw.get("bits") != BITS:
         raise _damaged(path, f"it says num_tp {ranks!r:.40} and bits {raw.get('bits')!r:.40}")
@@ -74,6 +76,24 @@ def read_kv_params(
     return mine.unflatten(-1, (2, 2)).transpose(1, 2).contiguous()
 
 
+def stored_params(folder: str | os.PathLike[str]) -> str | None:
+    """Path of the file that a model's folder has, or of a workspace's first; None without."""
+    root = workspace_of(folder)
+    if root is not None:
+        return next(map(str, kv_files(root)), None)
+    path = os.path.join(folder, FILE_NAME)
+    return path if os.path.lexists(path) else None
+
+
+def _entries(folder: str) -> dict[str, Any] | None:
+    root = workspace_of(folder)
+    if root is not None:
+        found = read_entries(root)
+        return None if found is None else {"bits": BITS, **found}
+    path = stored_params(folder)
+    return None if path is None else read_json_object(path, MAX_BYTES)
+
+
 def _is_row(row: Any) -> bool:
     if not isinstance(row, list) or len(row) != 4:
         return False
@@ -84,7 +104,7 @@ def _is_row(row: Any) -> bool:
     return 0 < row[0] <= LARGEST_SCALE and 0 < row[2] <= LARGEST_SCALE
 
 
-def _damaged(path: str, what: str) -> UserError:
+def _damaged(path: str | None, what: str) -> UserError:
     return UserError(
         f"{path} does not fit this model: {what}.",
         "Make it again with `lite kv_qparams`, or delete it: scales are then computed by token.",

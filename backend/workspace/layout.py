@@ -61,6 +61,12 @@ def weights_folder(model: str | os.PathLike[str]) -> Path:
     return Path(model) if root is None else root / WEIGHTS
 
 
+def tensor_para_size(model: str | os.PathLike[str]) -> int:
+    """Ranks that a model's weights are parted for: 1 unless it is a workspace made for more."""
+    root = workspace_of(model)
+    return 1 if root is None else read_manifest(root).tensor_para_size
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """What the manifest says of a file."""
