@@ -225,7 +225,7 @@ def quantize_block(
     for name, weight in weights.items():
         gram = moments[name].gram
         quantized[name] = quantize_linear(weight, moments[name], settings, times)
-        error = output_loss(quantized[name].dequantize() - weight, gram)
+        error = output_loss(quantized[name].dequantize() - weight, gram, exact=True)
         whole = float(output_loss(weight, gram).double().sum())
         losses[name] = float(error.double().sum()) / whole if whole > 0 else 0.0
     stored = {name: bias.to(dtype) for name, bias in biases.items()}

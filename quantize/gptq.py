@@ -49,7 +49,8 @@ def round_compensated(
     del left, factor  # before what follows takes as much
     compensated = GroupQuantized(q.t().contiguous(), nearest.scales, nearest.zeros)
     found, kept = (
-        output_loss(tried.dequantize() - weight, gram) for tried in (compensated, nearest)
+        output_loss(tried.dequantize() - weight, gram, exact=True)
+        for tried in (compensated, nearest)
     )
     keep = found >= kept
     q = torch.where(keep[:, None], nearest.q, compensated.q)

@@ -7,7 +7,7 @@ of W' - W: no token is needed again, however many roundings are tried.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -55,17 +55,17 @@ class InputMoments:
         self.absmean /= scale
 
 
-def output_loss(error: Tensor, gram: Tensor) -> Tensor:
+def output_loss(error: Tensor, gram: Tensor, exact: bool = False) -> Tensor:
     """error float32 [N, K] of a matrix: mean |error x|² a row, float32 [N].
 
-    On a GPU the factors are rounded to TF32, whose 11 bits leave the sum of so many squares
-    right to four digits and more.
+    On a GPU the factors are rounded to TF32, whose 11 bits leave the sum of so many squares right
+    to four digits and more; unless `exact`: where later columns made up for earlier ones, what is
+    left is the small difference of large sums.
     """
-    if not error.is_cuda:
+    # H is its own transpose; so read, tensor cores have what they add over side by side.
+    gram = gram.t() if error.is_cuda else gram
+    with _tensor_float32() if error.is_cuda and not exact else nullcontext():
         return torch.cat([((part @ gram) * part).sum(1) for part in error.split(ROWS)])
-    with _tensor_float32():
-        # The transpose of H, which is H: tensor cores take both factors along K.
-        return torch.cat([((part @ gram.t()) * part).sum(1) for part in error.split(ROWS)])
 
 
 @contextmanager
