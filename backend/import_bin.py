@@ -142,7 +142,7 @@ def main() -> None:
     total = 0
     try:
         for number, name in enumerate(job["shards"], 1):
-            tensors = _read(source / name)
+            tensors = read_tensors(source / name)
             count = len(job["shards"])
             shard = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else (
                 "model.safetensors")  # fmt: skip
@@ -176,7 +176,7 @@ def _limit(memory: int, seconds: int, file_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:  # type: ignore[name-defined]  # noqa: F821
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:  # type: ignore[name-defined]  # noqa: F821
     """Name -> tensor; none shares memory with another.
 
     Raises:
