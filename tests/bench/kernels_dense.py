@@ -1,6 +1,6 @@
-"""Times of the norms, the 16-bit and int8 products and sampling on a GPU, beside torch's own.
+"""Times of the norms, the 16-bit and int8 products, sampling and rounding on a GPU, beside torch's.
 
-    python -m tests.bench.kernels_dense [--only products chain sampling norms]
+    python -m tests.bench.kernels_dense [--only products chain sampling norms rounding]
 
 Each figure is a launch of a CUDA graph of at least 20 that rotates over enough copies of the
 weights to miss the cache, the median of several replays.
@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.gpu.elementwise import add_rms_norm, rms_norm, silu_and_mul
 from kernels.gpu.linear import linear
 from kernels.gpu.linear_w8 import linear_w8
+from kernels.gpu.rounding import round_columns
 from kernels.gpu.sampling import sample
 from kernels.packing import W8Weight
 
@@ -149,8 +150,22 @@ def norms() -> Iterator[str]:
         yield f"| {tokens} | " + " | ".join(f"{t:.2f}" for t in times) + " |"
 
 
+def rounding() -> Iterator[str]:
+    yield "| outputs | 128 columns rounded, µs |"
+    yield "|---|---|"
+    factor = torch.eye(128, device="cuda") + drawn(128, 128, dtype=torch.float32).triu(1)
+    for outputs in (4096, 12288, 22016):
+        scales, zeros = (torch.full((1, outputs), v, device="cuda") for v in (0.01, 8.0))
+        weights = [drawn(128, outputs, dtype=torch.float32) for _ in range(4)]
+        time = microseconds([partial(round_columns, w, factor, scales, zeros, 15) for w in weights])
+        yield f"| {outputs} | {time:.1f} |"
+
+
 def main() -> None:
-    tables = {"products": products, "chain": chain, "sampling": sampling, "norms": norms}
+    tables = {
+        "products": products, "chain": chain, "sampling": sampling, "norms": norms,
+        "rounding": rounding,
+    }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=list(tables), default=list(tables))
     for name in parser.parse_args().only:
