@@ -1,13 +1,16 @@
-"""Small tokenizers made on the spot: one of either family, as chat models have them."""
+"""Small tokenizers made on the spot: one of each kind, as chat models have them."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from sentencepiece import SentencePieceTrainer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CHATML = (
@@ -89,3 +92,41 @@ def save_chatml(folder: Path) -> None:
     """A complete ChatML tokenizer folder."""
     save(byte_level(), folder, tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>",
          pad_token="<|endoftext|>", chat_template=CHATML)
+
+
+@cache
+def sentencepiece_model(**options: Any) -> bytes:
+    """A tokenizer.model, as Llama 2 has it but for `options` of the SentencePiece trainer."""
+    file = io.BytesIO()
+    settings = {
+        "vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "character_coverage": 0.99,
+        "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+        "hard_vocab_limit": False, "minloglevel": 2,
+    }
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[:5] * 4), model_writer=file, **settings | options)
+    return file.getvalue()
+
+
+@cache
+def tiktoken_ranks() -> dict[bytes, int]:
+    """Bytes of a token -> rank: single bytes, then the pairs that merge, as BPE training does."""
+    words = [word.encode() for text in TEXTS for word in text.split(" ")]
+    parts = [[bytes([byte]) for byte in word] for word in words]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    while len(ranks) < 330:
+        pairs = [pair for word in parts for pair in zip(word, word[1:], strict=False)]
+        best = max(pairs, key=lambda pair: (pairs.count(pair), pair))
+        ranks[b"".join(best)] = len(ranks)
+        for word in parts:
+            at = 0
+            while at + 1 < len(word):
+                if (word[at], word[at + 1]) == best:
+                    word[at:at + 2] = [b"".join(best)]
+                at += 1
+    return ranks
+
+
+def tiktoken_file(ranks: dict[bytes, int]) -> bytes:
+    """A qwen.tiktoken: a line a token, base64 and rank."""
+    return b"".join(b"%s %d\n" % (base64.b64encode(t), rank) for t, rank in ranks.items())

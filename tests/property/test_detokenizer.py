@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
+import sentencepiece
+import tiktoken
 from hypothesis import given, settings, strategies as st
 
 from backend.detokenizer import Detokenizer
 from backend.tokenizer import Tokenizer
 from backend.tokenizer.json_codec import JsonCodec
+from backend.tokenizer.sentencepiece_codec import SentencePieceCodec
+from backend.tokenizer.tiktoken_codec import PATTERN, TiktokenCodec
 from tests import fake_tokenizer
 
 MAKERS = {
@@ -15,9 +21,21 @@ MAKERS = {
     "sentencepiece": fake_tokenizer.sentencepiece,
     "metaspace": fake_tokenizer.metaspace,
 }
-TOKENIZERS = {name: Tokenizer(JsonCodec(make())) for name, make in MAKERS.items()}
 BACKENDS = {name: make() for name, make in MAKERS.items()}
-every_tokenizer = pytest.mark.parametrize("name", list(MAKERS))
+MODELS = {
+    "llama2": {}, "squeezing": {"remove_extra_whitespaces": True},
+    "bare": {"add_dummy_prefix": False},
+    "unigram": {"model_type": "unigram", "vocab_size": 330},
+    "nfkc": {"normalization_rule_name": "nmt_nfkc"},
+}
+CODECS = {
+    **{name: JsonCodec(make()) for name, make in MAKERS.items()},
+    **{name: SentencePieceCodec(fake_tokenizer.sentencepiece_model(**options))
+       for name, options in MODELS.items()},
+    "tiktoken": TiktokenCodec(fake_tokenizer.tiktoken_ranks()),
+}
+TOKENIZERS = {name: Tokenizer(codec) for name, codec in CODECS.items()}
+every_tokenizer = pytest.mark.parametrize("name", list(TOKENIZERS))
 
 PIECES = ["你好", "世界", "👩‍👩‍👧", "🇨🇳", "😀", " ", "  ", "\n", "the", "cat", "STOP",
           "é", "\x00", "▁", "ab"]
@@ -76,7 +94,7 @@ def test_valid_text_never_shows_a_broken_character(name: str, text: str, sizes: 
         assert "\ufffd" not in whole
 
 
-@every_tokenizer
+@pytest.mark.parametrize("name", ["byte_level", "metaspace", "llama2"])
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(text=texts, sizes=cuts, data=st.data())
 def test_stop_strings_cut_the_text_and_never_leak(
@@ -118,6 +136,38 @@ def test_decode_is_that_of_the_library(name: str, data: st.DataObject) -> None:
         ids = backend.encode(data.draw(texts)).ids
     for skip in (True, False):
         assert tokenizer.decode(ids, skip) == backend.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@settings(derandomize=True, deadline=None)
+@given(text=texts)
+def test_ids_and_text_are_those_of_sentencepiece(name: str, text: str) -> None:
+    model = fake_tokenizer.sentencepiece_model(**MODELS[name])
+    judge, tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model), TOKENIZERS[name]
+    ids = judge.encode(text)
+    assert tokenizer.encode(text, add_special_tokens=False) == ids
+    assert tokenizer.decode(ids) == judge.decode(ids)
+
+
+@settings(derandomize=True, deadline=None)
+@given(text=texts)
+def test_ids_and_text_are_those_of_tiktoken(text: str) -> None:
+    ranks = fake_tokenizer.tiktoken_ranks()
+    judge = tiktoken.Encoding("judge", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    ids = TOKENIZERS["tiktoken"].encode(text)
+    assert ids == judge.encode_ordinary(unicodedata.normalize("NFC", text))
+    assert TOKENIZERS["tiktoken"].decode(ids) == judge.decode(ids)
+
+
+@every_tokenizer
+@settings(derandomize=True, deadline=None)
+@given(parts=st.lists(st.sampled_from(PIECES[6:]), min_size=1, max_size=6))
+def test_parts_make_one_text(name: str, parts: list[str]) -> None:
+    tokenizer = TOKENIZERS[name]
+    if name in ("squeezing", "nfkc"):  # these forget blanks at ends
+        parts = [part.strip(" \n▁") for part in parts]
+    text = tokenizer.decode(tokenizer.encode_parts(["a", *parts]))
+    assert text == tokenizer.decode(tokenizer.encode("a" + "".join(parts), False))
 
 
 @settings(derandomize=True, deadline=None)
