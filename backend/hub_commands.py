@@ -38,6 +38,7 @@ def add_command(commands: Any) -> None:
     sub.add_argument("--source", choices=tuple(ENDPOINTS), default="", help=text)
     sub.add_argument("--endpoint", default="", metavar="URL", help="instead of the source's own")
     sub.add_argument("--revision", default="", help="branch, tag or commit")
+    sub.add_argument("--token", action=_NoToken, help=argparse.SUPPRESS)
     text = "file with the hub's token (- is standard input), instead of HF_TOKEN's"
     sub.add_argument("--token-file", metavar="FILE", help=text)
     text = "the folder it becomes, instead of one among the downloaded models"
@@ -48,6 +49,14 @@ def add_command(commands: Any) -> None:
     sub.add_argument("--plan", action="store_true", help="only say what would be fetched")
     text = "text: for people; json: events on standard output, a line each"
     sub.add_argument("--progress", choices=("text", "json"), default="text", help=text)
+
+
+class _NoToken(argparse.Action):
+    """Refuses, without repeating the token."""
+
+    def __call__(self, *args: Any) -> None:
+        raise UserError("Tokens are not taken from the command line, where others see them.",
+                        "Set HF_TOKEN, or give --token-file.", field="token")
 
 
 def run(args: argparse.Namespace) -> int:

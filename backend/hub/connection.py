@@ -54,6 +54,14 @@ class _Token(requests.auth.AuthBase):
         return request
 
 
+class _Session(requests.Session):
+    """Leaves redirects alone: else it would parse their targets and read their bodies, however
+    large, even if told not to follow them."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
+
+
 class Connection:
     """To one hub.
 
@@ -78,7 +86,7 @@ class Connection:
                             "Write the endpoint with https://, or leave the token away.",
                             field="token")
         self.token = token or None
-        self._session = requests.Session()
+        self._session = _Session()
         self._session.trust_env = not self._loopback  # no proxy between this machine and itself
         self._session.headers.update({
             "User-Agent": "lmdesk", "Accept": "*/*",
@@ -90,7 +98,7 @@ class Connection:
 
     @contextlib.contextmanager
     def get(self, url: str, headers: Mapping[str, str] = {}) -> Iterator[requests.Response]:
-        """An answer of status 2xx or 416, its body not read yet. `headers` are sent besides.
+        """An answer of status 200, 206 or 416, its body not read yet. `headers` are sent besides.
 
         Raises:
             Passing: no connection, or a status that passes.
@@ -101,7 +109,7 @@ class Connection:
             if response.status_code in PASSING:
                 raise Passing(f"it answered with status {response.status_code}",
                               _retry_after(response))
-            if response.status_code != 416 and not response.ok:
+            if response.status_code not in (200, 206, 416):
                 raise self._refusal(response)
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise HubError(f"{self.host} sent a compressed answer, which it was told not to.",
@@ -144,19 +152,20 @@ class Connection:
             if response.status_code not in (301, 302, 303, 307, 308):
                 return response
             response.close()
-            url = self._checked(urljoin(url, response.headers.get("Location", "")))
+            url = self._redirect(url, response.headers.get("Location", ""))
         raise HubError(f"{self.host} redirects without end.", "Try another --source.")
 
-    def _checked(self, url: str) -> str:
-        """The redirect's target, if it may be contacted: https, the hub's own origin, or, for a
+    def _redirect(self, url: str, location: str) -> str:
+        """The target of a redirect, if it may be contacted: https, the hub's own origin, or, for a
         hub on this machine, this machine."""
-        parts = urlsplit(url)
-        bare = f"{parts.scheme}://{parts.netloc}"
         try:
+            url = urljoin(url, location)
+            parts = urlsplit(url)
+            bare = f"{parts.scheme}://{parts.netloc}"
             normalise_url(bare)  # no password, no metadata service, no odd address
             allowed = (parts.scheme == "https" or _origin(url) == self._origin
                        or (self._loopback and is_loopback_url(bare)))
-        except (UserError, ValueError):
+        except (UserError, ValueError):  # no URL at all
             allowed = False
         if not allowed:
             raise HubError(f"{self.host} redirects to an address that is not contacted.",
@@ -165,7 +174,14 @@ class Connection:
 
     def _refusal(self, response: requests.Response) -> HubError:
         """What a status of 4xx means. Hugging Face says more in X-Error-Code; without a token it
-        answers 401 for what is missing too."""
+        answers 401 for what is missing too.
+
+        Raises:
+            Passing: it is not the hub's own. A CDN's links end; the next attempt gets a new one.
+        """
+        if _origin(response.url) != self._origin:
+            host = urlsplit(response.url).hostname
+            raise Passing(f"{host} answered with status {response.status_code}")
         status, code = response.status_code, response.headers.get("X-Error-Code", "")
         if code == "GatedRepo" or status == 403 or (status == 401 and self.token and not code):
             if not self.token:

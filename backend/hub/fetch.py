@@ -32,6 +32,7 @@ from backend.hub.sources import HubFile
 RATE_WINDOW_S = 10.0
 REPORT_EVERY_S = 0.1
 GAIN_BYTES = 1 << 16  # an attempt that brought so many was not for nothing
+GIT_BYTES = 16 << 20  # larger files are none of git's
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -208,10 +209,11 @@ class _Fetcher:
 
 
 class _Digest:
-    """Both checksums of a file, computed while it comes in."""
+    """Checksums of a file, computed while it comes in: SHA-256, and git's where hubs list it."""
 
     def __init__(self, file: HubFile) -> None:
         self._size = file.size
+        self._small = file.size <= GIT_BYTES or not file.sha256
         self.reset()
 
     def reset(self) -> int:
@@ -221,7 +223,8 @@ class _Digest:
 
     def update(self, piece: bytes) -> None:
         self._sha256.update(piece)
-        self._blob.update(piece)
+        if self._small:
+            self._blob.update(piece)
 
     def take(self, file: BinaryIO) -> int:
         """Take in what the file holds, to its end; returns its size."""
@@ -231,7 +234,8 @@ class _Digest:
 
     def verified(self, file: HubFile) -> Entry:
         """The file's entry. Raises _Lie if the content is not the listed one."""
-        entry = Entry(file.size, self._sha256.hexdigest(), self._blob.hexdigest())
+        blob = self._blob.hexdigest() if self._small else ""
+        entry = Entry(file.size, self._sha256.hexdigest(), blob)
         if not entry.matches(file):
             raise _Lie("its checksum is another")
         return entry

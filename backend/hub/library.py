@@ -28,7 +28,7 @@ MANIFEST = ".download.json"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A verified file: bytes, SHA-256, and git's SHA-1 of its content as a blob."""
+    """A verified file: bytes, SHA-256, and git's SHA-1 of it as a blob ("" of large files)."""
 
     size: int
     sha256: str

@@ -56,7 +56,5 @@ class Patience:
                 if failures >= self.attempts:
                     raise OfflineError(f"{host} cannot be used now: {error.reason}.",
                                        OFFLINE_HINT) from None
-                self._wait(max(error.wait_s, min(2.0 ** (failures - 1), LONGEST_PAUSE_S)))
-
-    def _wait(self, seconds: float) -> None:
-        (self.pause or self.cancel.wait)(seconds)
+                wait = self.cancel.wait if self.pause is None else self.pause
+                wait(max(error.wait_s, min(2.0 ** (failures - 1), LONGEST_PAUSE_S)))

@@ -245,7 +245,7 @@ def _no_safetensors(files: Iterable[HubFile]) -> UserError:
 
 def _is_hidden(path: str) -> bool:
     """.gitattributes and the like."""
-    return any(part.startswith(".") and part.strip(".") for part in path.split("/"))
+    return any(part.startswith(".") and part.strip(". ") for part in path.split("/"))
 
 
 def _fits(path: str, patterns: Iterable[str]) -> bool:
