@@ -29,7 +29,8 @@ KINDS: dict[str, tuple[Tokenizer, ChatFormat]] = {
 }
 every_kind = pytest.mark.parametrize("name", list(KINDS))
 PIECES = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "<", "<|",
-          "im_end|>", "/s>", ">", "|", "the cat", " ", "\n", "你好", "😀", "assistant\n", NONCHARACTERS[0]]
+          "im_end|>", "/s>", ">", "|", "the cat", " ", "\n", "你好", "😀", "assistant\n",
+          NONCHARACTERS[0]]
 typed = st.lists(st.sampled_from(PIECES), max_size=10).map("".join)
 
 

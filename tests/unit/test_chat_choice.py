@@ -16,9 +16,10 @@ from backend.chat_template import ChatTemplate
 from backend.config import EngineConfig, SamplingParams
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.inline import ThreadHandle
+from backend.engine.types import Sequence
 from backend.errors import UserError
 from tests import fake_tokenizer
-from tests.server.support import EOS, Script, byte_tokenizer
+from tests.server.support import Script, byte_tokenizer
 
 
 def service(*words: str) -> ChatService:
@@ -76,11 +77,19 @@ def test_internlm_as_it_is_published(tmp_path: Path) -> None:
     assert local.tokenizer.eos_token_ids == (2, end)
 
 
+class Repeat(Script):
+    """A model that says its prompt, special tokens included, again and again."""
+
+    def next_token(self, seq: Sequence) -> int:
+        prompt = seq.request.prompt_token_ids
+        return prompt[seq.num_output_tokens % len(prompt)]
+
+
 def test_stop_words_of_the_format_end_a_reply() -> None:
     """The model repeats the prompt; a word ends it as text, a token as a token."""
 
     async def reply(template: ChatTemplate, text: str) -> Delta:
-        engine = AsyncEngine(EngineConfig("fake"), partial(ThreadHandle, Script().build))
+        engine = AsyncEngine(EngineConfig("fake"), partial(ThreadHandle, Repeat().build))
         chat = ChatService(engine, byte_tokenizer(), template, "m")
         await engine.start()
         try:
@@ -96,4 +105,3 @@ def test_stop_words_of_the_format_end_a_reply() -> None:
     with_token = ChatTemplate(ChatFormat(bos=False, user="ab<s>", stop_words=("<s>",)))
     assert with_token.stops(byte_tokenizer()) == ([256], [])
     assert asyncio.run(reply(with_token, "two")) == Delta("ab", "stop")
-    assert EOS == 257
