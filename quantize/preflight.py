@@ -21,6 +21,7 @@ from backend.models.checkpoint import DOWNLOAD_AGAIN, TensorInfo, read_checkpoin
 from backend.models.loader import check_model, create_shell, is_finite
 from backend.models.model_config import ModelConfig
 from backend.models.registry import read_model_config
+from backend.workspace.layout import workspace_of
 from quantize.progress import Progress
 from quantize.verdict import size
 
@@ -58,6 +59,12 @@ def check_source(folder: str) -> Source:
     Raises:
         UserError: no model, not supported, incomplete, damaged, or quantized already.
     """
+    if workspace_of(folder) is not None:
+        raise UserError(
+            f"{folder} is a workspace; a model is quantized before it is converted.",
+            "Name the model that it was made of, and convert the result.",
+            field="model",
+        )
     config = read_model_config(folder)
     packed = any(name.endswith(".qweight") for name in read_checkpoint(folder))
     if config.quantization is not None or packed:

@@ -17,6 +17,7 @@ from backend.config import EngineConfig, SamplingParams
 from backend.engine.inline import ThreadHandle
 from backend.engine.launcher import Handle, ProcessHandle
 from backend.errors import UserError
+from backend.workspace.settings import engine_options
 
 MAX_CONCURRENCY = 4096  # as EngineConfig.max_batch_size
 
@@ -32,7 +33,7 @@ async def engine_config(args: argparse.Namespace, concurrency: int) -> EngineCon
     Raises:
         UserError: no model is named, or two; or an option is out of bounds.
     """
-    defaults = {
+    defaults: dict[str, object] = {
         # Random prompts have nothing in common, and repeated rounds must not help one another.
         "enable_prefix_caching": False,
         "max_batch_size": max(concurrency, EngineConfig.max_batch_size),
@@ -51,9 +52,10 @@ async def engine_config(args: argparse.Namespace, concurrency: int) -> EngineCon
         model = await random_model(args)
     elif args.quantization is not None:
         raise UserError("--quantization is for --random-weights; a model's folder tells its own.")
-    engine = config.from_namespace(EngineConfig, args, **defaults)
-    # The engine's process has another working directory.
-    return replace(engine, model=os.path.abspath(os.path.expanduser(model)))
+    folder = os.path.abspath(os.path.expanduser(model))
+    defaults |= engine_options(folder, vars(args))
+    # Absolute: the engine's process has another working directory.
+    return replace(config.from_namespace(EngineConfig, args, **defaults), model=folder)
 
 
 async def random_model(args: argparse.Namespace) -> str:

@@ -27,6 +27,7 @@ from backend.workspace.convert import convert
 from backend.workspace.layout import CONFIG_INI, MANIFEST, STAMP, TOKENIZER, WEIGHTS, verify
 from backend.workspace.settings import engine_options
 from quantize.kv_qparams import write_kv_qparams
+from quantize.preflight import check_source
 from tests.family_layouts import FAMILIES as LAYOUTS, make_family
 from tests.tiny_model import FAMILIES, make_checkpoint
 from tests.unit.test_awq import WHOLE, quantize_checkpoint
@@ -256,6 +257,11 @@ def test_what_cannot_be_converted(source, options, words):
     with pytest.raises(UserError, match=words):
         convert("tiny", source, source.parent / "workspace", **options)
     assert list(source.parent.iterdir()) == [source]
+
+
+def test_a_workspace_is_not_quantized(workspace):
+    with pytest.raises(UserError, match="quantized before it is converted"):
+        check_source(str(workspace))
 
 
 def test_another_tokenizer(source):

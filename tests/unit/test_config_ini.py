@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
 
+import app
+from backend.benchmark.settings import engine_config
 from backend.config import EngineConfig
 from backend.errors import UserError
 from backend.workspace.config_ini import ConfigIni, read_ini
@@ -157,6 +160,14 @@ def test_a_flag_wins_over_the_kv_cache_of_the_file(workspace, line, bits):
         ({"quant_policy": 0}, 0), ({"quant_policy": 4}, 4), ({"kv_cache_dtype": "int8"}, 8),
     ):  # fmt: skip
         assert options(workspace, **flags).kv_cache_bits == expected
+
+
+def test_a_benchmark_measures_what_the_file_says(workspace):
+    for argv, batch in ((["--inline"], 64), (["--max-batch-size", "8"], 8)):
+        args = app.parse(["benchmark", "profile_generation", str(workspace), *argv])
+        config = asyncio.run(engine_config(args, 1))
+        assert (config.max_batch_size, config.session_len) == (batch, 2056)
+        assert config.model == str(workspace) and not config.enable_prefix_caching
 
 
 def test_flags_win_and_defaults_come_last(workspace):
