@@ -8,8 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.launch import (
+    cdiv,
     launch,
     launch_options,
+    next_power_of_2,
     release_successor,
     supports_pdl,
     wait_for_predecessor,
@@ -167,7 +169,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Ten
     _, residual_outer, residual_inner = (
         (heads, 0, 0) if residual is None else _row_strides(residual)
     )
-    block = min(triton.next_power_of_2(hidden), MAX_BLOCK)
+    block = min(next_power_of_2(hidden), MAX_BLOCK)
     wide = hidden > MAX_BLOCK
     rows_a_program = 1 if wide else max(1, ROWS_BLOCK // block)
     rows = out.numel() // hidden
@@ -175,7 +177,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Ten
     kernel = _wide_rms_norm_kernel if wide else _rms_norm_kernel
     launch(
         kernel,
-        (triton.cdiv(rows, rows_a_program),),
+        (cdiv(rows, rows_a_program),),
         x,
         x if residual is None else residual,
         weight,
@@ -228,7 +230,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     pdl = supports_pdl(x)
     launch(
         _silu_and_mul_kernel,
-        (rows.shape[0], triton.cdiv(width, GATE_BLOCK)),
+        (rows.shape[0], cdiv(width, GATE_BLOCK)),
         rows,
         out,
         rows.stride(0),

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.launch import (
+    cdiv,
     launch,
     launch_options,
     release_successor,
@@ -240,7 +241,7 @@ def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, chunks: Chunks) -
     pdl = supports_pdl(x)
     launch(
         _few_tokens_kernel,
-        (triton.cdiv(rows, 16 * chunks.blocks),),
+        (cdiv(rows, 16 * chunks.blocks),),
         x.view(torch.int32),
         weight.view(torch.int32),
         x if bias is None else bias,
@@ -253,7 +254,7 @@ def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, chunks: Chunks) -
         HAS_BIAS=bias is not None,
         BF16=x.dtype is torch.bfloat16,
         BLOCKS=chunks.blocks,
-        TILES=triton.cdiv(tokens, 8),
+        TILES=cdiv(tokens, 8),
         WARPS=chunks.warps,
         AHEAD=chunks.ahead,
         ASM=x.is_cuda,

@@ -26,6 +26,7 @@ from kernels.gpu.kv_tiles import (
     unpack_params,
 )
 from kernels.gpu.launch import (
+    cdiv,
     launch,
     launch_options,
     release_successor,
@@ -92,7 +93,7 @@ def dequantized(
     """
     kv_heads, head_dim = cache.k.shape[0], q.shape[2]
     sequences = metadata.seq_lens_k.shape[0] - first_sequence
-    tiles = triton.cdiv(metadata.max_seq_len, BLOCK)
+    tiles = cdiv(metadata.max_seq_len, BLOCK)
     dtype = dot_dtype(q, cache)
     k, v = torch.empty(
         (2, kv_heads, sequences * tiles * BLOCK, head_dim), dtype=dtype, device=q.device

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from kernels.gpu.kv_tiles import packed_params, part_width, pool_words, rotated, store_parts
 from kernels.gpu.launch import (
+    cdiv,
     launch,
     launch_options,
+    next_power_of_2,
     release_successor,
     supports_pdl,
     wait_for_predecessor,
@@ -67,10 +69,10 @@ def rope_and_store(
     cos, sin = rotary if rotary is not None else (None, None)
     k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
     k_pool, v_pool = pool_words(cache.k, cache.bits), pool_words(cache.v, cache.bits)
-    heads = min(8, triton.next_power_of_2(kv_heads))
+    heads = min(8, next_power_of_2(kv_heads))
     pdl = supports_pdl(k)
     launch(
-        _store_kernel, (tokens, triton.cdiv(kv_heads, heads)),
+        _store_kernel, (tokens, cdiv(kv_heads, heads)),
         k, v, cos, sin, k_pool, v_pool, k_params, v_params, slot_mapping,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), 0 if cos is None else cos.stride(0),
         k_pool.stride(0), k_pool.stride(1),

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.launch import next_power_of_2
 from kernels.ops import KVCache
 
 
@@ -275,7 +276,7 @@ def dot_keys(
 
 def part_width(head_dim: int, bits: int) -> int:
     """Columns a part takes in a tile: what tl.dot needs at least is 16."""
-    return max(16, triton.next_power_of_2(head_dim * bits // 16))
+    return max(16, next_power_of_2(head_dim * bits // 16))
 
 
 def pool_words(pool: Tensor, bits: int) -> Tensor:

@@ -11,11 +11,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.gpu.elementwise import silu_and_mul
-from kernels.gpu.launch import launch, launch_options, num_sms, supports_pdl
+from kernels.gpu.launch import cdiv, launch, launch_options, num_sms, supports_pdl
+from kernels.gpu.linear import slice_rows
 from kernels.gpu.tuning import (
     DotConfig,
     MmaConfig,
@@ -114,13 +114,13 @@ def run(
         "num_warps": config.warps,
         **launch_options(pdl),
     }
-    token_programs = triton.cdiv(x.shape[0], config.tokens)
+    token_programs = cdiv(x.shape[0], config.tokens)
     given_bias = out if bias is None else bias
     if isinstance(config, MmaConfig):
         pairs = x.view(torch.int32)
         launch(
             w4_mma_kernel,
-            (triton.cdiv(weight.out_features, 16 * config.blocks), token_programs),
+            (cdiv(weight.out_features, 16 * config.blocks), token_programs),
             pairs,
             weight.qweight,
             weight.scale_zero,
@@ -142,7 +142,7 @@ def run(
         )
         return out
     tile_rows = config.rows // 2 if gated else config.rows
-    programs = triton.cdiv(rows, tile_rows)
+    programs = cdiv(rows, tile_rows)
     partials, counters = _split_space(x, programs * token_programs, config)
     launch(
         w4_dot_kernel,
@@ -200,14 +200,12 @@ def unpacked_product(x: Tensor, weight: W4Weight, bias: Tensor | None, gated: bo
     """The product through slices of the unpacked weight."""
     rows, columns = weight.out_features, weight.in_features
     out = x.new_empty(x.shape[0], rows)
-    tiles = max(1, SCRATCH_BYTES // (2 * columns * TILE_ROWS))
-    slices = triton.cdiv(triton.cdiv(rows, TILE_ROWS), tiles)
-    step = triton.cdiv(triton.cdiv(rows, TILE_ROWS), slices)  # slices of about equal size
-    scratch = x.new_empty(min(rows, step * TILE_ROWS), columns)
-    for first in range(0, rows, step * TILE_ROWS):
-        part = scratch[: min(rows - first, step * TILE_ROWS)]
+    step = slice_rows(rows, columns, SCRATCH_BYTES)
+    scratch = x.new_empty(min(rows, step), columns)
+    for first in range(0, rows, step):
+        part = scratch[: min(rows - first, step)]
         _dequantize(weight, first // TILE_ROWS, part)
-        torch.mm(x, part.t(), out=out[:, first : first + part.shape[0]])
+        torch.mm(x, part.t(), out=out[:, first : first + step])
     if bias is not None:
         out += bias
     return silu_and_mul(out) if gated else out
@@ -218,7 +216,7 @@ def _dequantize(weight: W4Weight, first_tile: int, out: Tensor) -> None:
     pdl = supports_pdl(out)
     launch(
         w4_dequantize_kernel,
-        (triton.cdiv(out.shape[0], TILE_ROWS), weight.qweight.shape[1]),
+        (cdiv(out.shape[0], TILE_ROWS), weight.qweight.shape[1]),
         weight.qweight,
         weight.scale_zero,
         out,

@@ -12,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.launch import (
+    cdiv,
     launch,
     launch_options,
+    next_power_of_2,
     release_successor,
     supports_pdl,
     wait_for_predecessor,
@@ -130,7 +132,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     tokens, columns = x.shape
     quantized = torch.empty(tokens, columns, dtype=torch.int8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     pdl = supports_pdl(x)
     launch(
         _quantize_kernel,
@@ -161,7 +163,7 @@ def int8_matmul(
     rows = weight.qweight.shape[0]
     out = torch.empty(tokens, rows, dtype=dtype, device=x.device)
     pdl = supports_pdl(x)
-    grid = (triton.cdiv(tokens, tile.tokens), triton.cdiv(rows, tile.rows))
+    grid = (cdiv(tokens, tile.tokens), cdiv(rows, tile.rows))
     launch(
         _int8_matmul_kernel,
         grid,

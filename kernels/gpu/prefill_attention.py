@@ -28,8 +28,10 @@ from kernels.gpu.kv_tiles import (
     unpack_params,
 )
 from kernels.gpu.launch import (
+    cdiv,
     launch,
     launch_options,
+    next_power_of_2,
     release_successor,
     supports_pdl,
     wait_for_predecessor,
@@ -215,12 +217,12 @@ def prefill_attention(
     block_m, block_n, warps, stages = config or _config(
         64 if metadata.batch_invariant else longest * group, cache.bits, head_dim, dtype
     )
-    block_m = max(block_m, triton.next_power_of_2(group))
+    block_m = max(block_m, next_power_of_2(group))
     cos, sin = rotary if rotary is not None else (None, None)
     k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
     k_pool, v_pool = pool_words(cache.k, cache.bits), pool_words(cache.v, cache.bits)
     pdl = supports_pdl(q)
-    grid = (kv_heads, triton.cdiv(longest, block_m // group), sequences)
+    grid = (kv_heads, cdiv(longest, block_m // group), sequences)
     launch(
         _prefill_kernel, grid,
         out, q, cos, sin, k_pool, v_pool, k_params, v_params,

@@ -14,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.launch import (
+    cdiv,
     launch,
     launch_options,
+    next_power_of_2,
     release_successor,
     supports_pdl,
     wait_for_predecessor,
@@ -278,7 +280,7 @@ def sample(
         logits = logits.contiguous()
     rows, vocab = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    count = triton.cdiv(vocab, PEAK_BLOCK)
+    count = cdiv(vocab, PEAK_BLOCK)
     peaks = torch.empty(rows, count, dtype=torch.float32, device=logits.device)
     peak_ids = torch.empty(rows, count, dtype=torch.int32, device=logits.device)
     pdl = supports_pdl(logits)
@@ -310,8 +312,8 @@ def sample(
         vocab,
         logits.stride(0),
         PEAKS=count,
-        PEAKS_BLOCK=triton.next_power_of_2(count),
-        BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
+        PEAKS_BLOCK=next_power_of_2(count),
+        BLOCK=min(BLOCK, next_power_of_2(vocab)),
         PDL=pdl,
         num_warps=16,
         **launch_options(pdl),

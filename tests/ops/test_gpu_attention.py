@@ -185,7 +185,7 @@ def test_splits_are_added_up_and_the_counters_left_at_zero(bits, window):
         cache = case.poisoned_cache()
         out = torch.full_like(case.inputs[0], torch.nan)
         decode_attention(
-            out, *case.inputs, cache, case.metadata, case.scale, window, splits=5,
+            out, *case.inputs, cache, case.metadata, case.scale, window, splits=(5, 1),
             config=(16, 4, 2, 0),
         )  # fmt: skip
         case.compare(out, cache, window)
@@ -193,7 +193,7 @@ def test_splits_are_added_up_and_the_counters_left_at_zero(bits, window):
     assert not workspace[2].any()
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", [(1, 1), (3, 1), (3, 2)])
 @pytest.mark.parametrize("bits", [16, 8])
 def test_a_graph_reads_lengths_and_slots_anew(bits, splits):
     case = Case([(1, 140), (1, 70)], 2, bits=bits)
@@ -222,11 +222,12 @@ def test_a_graph_reads_lengths_and_slots_anew(bits, splits):
 
 
 def test_the_host_chooses_more_splits_for_a_small_batch():
-    from kernels.gpu.decode_attention import num_splits
+    from kernels.gpu.decode_attention import choose_splits
 
-    assert num_splits(1, 32, 600, 64, 132) == 10
-    assert num_splits(256, 32, 2048, 64, 132) == 1
-    assert num_splits(1, 8, 1, 64, 132) == 1
+    assert choose_splits(1, 32, 600, 64, 132) == (10, 1)
+    assert choose_splits(16, 32, 4352, 64, 132) == (3, 7)  # only from 8 tiles on
+    assert choose_splits(256, 32, 2048, 64, 132)[0] == 1
+    assert choose_splits(1, 8, 1, 64, 132) == (1, 1)
 
 
 @pytest.mark.parametrize("invariant", [False, True])
