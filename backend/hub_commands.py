@@ -98,7 +98,7 @@ def model_folder(name: str) -> str:
     Raises:
         UserError: it is neither a folder nor on the hub, or cannot be fetched.
     """
-    if not is_id(name) or os.path.exists(name) or name.rpartition(":")[2].isdigit():
+    if not is_id(name) or os.path.exists(name):
         return name
     if os.path.isdir(name.partition("/")[0]):  # a path mistyped; one does not fetch gigabytes then
         raise UserError(f"There is no folder {name}.",

@@ -31,7 +31,7 @@ class StandInHub:
         answers: path -> what is answered instead.
         ranges: whether the CDN knows them. range_status: that of a part; ModelScope's is 200.
         blobs: whether the list has sizes and hashes (some mirrors' has not).
-        git: whether ModelScope's git tells commits.
+        git: whether ModelScope's git tells commits; by_commit: whether its API takes them.
         cut_after: the CDN drops each connection after so many bytes of the body; 0 is never.
         bytes_per_s: of the CDN, for each connection; 0 is as fast as it can.
         alter: path and content of a file -> what the CDN sends instead.
@@ -48,7 +48,7 @@ class StandInHub:
         self.token = "hf_right"
         self.answers: dict[str, Answer] = {}
         self.ranges, self.range_status = True, 206
-        self.blobs = self.git = True
+        self.blobs = self.git = self.by_commit = True
         self.cut_after = self.bytes_per_s = self.list_size = self.failing = 0
         self.alter: Callable[[str, bytes], bytes] = lambda path, content: content
         self.names: dict[str, str] = {}
@@ -203,7 +203,8 @@ class StandInHub:
         handler.end_headers()
 
     def _modelscope_list(self, handler: BaseHTTPRequestHandler, id: str, revision: str) -> None:
-        if id not in self.models or revision not in ("master", self.commit(id)):
+        known = "master", self.commit(id) if self.by_commit and id in self.models else ""
+        if id not in self.models or revision not in known:
             _json(handler, 200, {"Code": 10010205001, "Message": "not found", "Success": False})
             return
         files = [{"Path": name, "Name": name, "Size": size, "Sha256": sha256, "Type": "blob",

@@ -93,9 +93,6 @@ class Connection:
             "Accept-Encoding": "identity",  # sizes, ranges and hashes are of the file itself
         })
 
-    def close(self) -> None:
-        self._session.close()
-
     @contextlib.contextmanager
     def get(self, url: str, headers: Mapping[str, str] = {}) -> Iterator[requests.Response]:
         """An answer of status 200, 206 or 416, its body not read yet. `headers` are sent besides.

@@ -36,7 +36,7 @@ FOREIGN = {
     ".pt": "",
     ".pth": "",
 }
-IMPORT = ("Opening those may run code. Fetch them with --include '*{0}' '*.json' '*.model' "
+IMPORT = ("Opening those may run code. Fetch them with --include '*{0}' '*.json' '*.model' '*.txt' "
           "--local-dir DIR, then: python app.py import DIR TARGET.")
 SPARE_BYTES = 256 << 20  # left free on the disk
 
@@ -150,7 +150,8 @@ def make_plan(
         HubError: see backend/hub/errors.py.
     """
     checked_id(id)
-    target = Path(local_dir).expanduser().absolute() if local_dir else target_of(id, revision)
+    # A link is followed, so that what is renamed is the folder it leads to.
+    target = Path(local_dir).expanduser().resolve() if local_dir else target_of(id, revision)
     _check_target(target, id)
     asked = checked_revision(revision or hub.protocol.default_revision)
     patience = patience or Patience(attempts=3)  # somebody is waiting

@@ -57,8 +57,8 @@ class Listing:
     """All files of a model at one commit.
 
     Attributes:
-        commit: 40 hexadecimal digits. "" if ModelScope's git cannot be asked: then only the
-            files' SHA-256, of which it has all, hold the content fast.
+        commit: 40 hexadecimal digits. "" if ModelScope's git cannot be asked, or its API takes
+            no commits: then the files' SHA-256 alone, of which it has all, hold the content fast.
         gated: the hub wants terms to be accepted, so files may be refused though the list is not.
     """
 
@@ -131,16 +131,23 @@ class ModelScope:
 
     def listing(self, id: str, revision: str) -> Listing:
         commit = revision if _COMMIT.fullmatch(revision) else self._commit(id, revision)
-        query = urlencode({"Revision": commit or revision, "Recursive": "True"})
+        if commit and commit != revision:
+            try:
+                return Listing(commit, self._files(id, commit))
+            except MissingError:  # its own library asks for branches and tags only
+                commit = ""
+        return Listing(commit, self._files(id, revision))
+
+    def _files(self, id: str, revision: str) -> tuple[HubFile, ...]:
+        query = urlencode({"Revision": revision, "Recursive": "True"})
         url = f"{self._connection.endpoint}/api/v1/models/{id}/repo/files?{query}"
         answer = _mapping(self._connection.read_json(url, "the list of files"))
         if answer.get("Success") is False:  # it says so with status 200
             raise MissingError(f"{self._connection.host} has no such model or revision.",
                                "Check the spelling: NAMESPACE/NAME.")
-        files = [_file(entry.get("Path"), entry.get("Size"), entry.get("Sha256"), "")
-                 for entry in map(_mapping, _sequence(_mapping(answer.get("Data")).get("Files")))
-                 if entry.get("Type") == "blob"]
-        return Listing(commit, tuple(files))
+        entries = map(_mapping, _sequence(_mapping(answer.get("Data")).get("Files")))
+        return tuple(_file(entry.get("Path"), entry.get("Size"), entry.get("Sha256"), "")
+                     for entry in entries if entry.get("Type") == "blob")
 
     def url(self, id: str, revision: str, path: str) -> str:
         query = urlencode({"Revision": revision, "FilePath": path})

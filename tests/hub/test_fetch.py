@@ -96,6 +96,14 @@ def test_a_folder_of_ones_own_with_subfolders(stand_in, repository, tmp_path, hu
     assert not downloads()
 
 
+def test_a_link_to_another_disk_stays_one(stand_in, repository, tmp_path, hub):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "large")
+    fetch(hub, make_plan(hub, ID, local_dir=tmp_path / "model"))
+    assert (tmp_path / "model").is_symlink()
+    assert contents(tmp_path / "large") == wanted(repository)
+
+
 def test_a_stopped_download_goes_on_inside_the_file(stand_in, repository, hub, plan):
     part = stop_midway(stand_in, hub, plan)
     have = part.stat().st_size

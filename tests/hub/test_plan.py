@@ -51,8 +51,9 @@ def test_a_mirror_that_lists_no_sizes_is_asked_for_the_tree(stand_in):
     assert "/tree/" in stand_in.seen[-1][1]
 
 
-def test_modelscope_without_git_is_held_fast_by_its_hashes(stand_in):
-    stand_in.git = False
+@pytest.mark.parametrize("lack", ["git", "by_commit"])
+def test_modelscope_without_commits_is_held_fast_by_its_hashes(stand_in, lack):
+    setattr(stand_in, lack, False)
     hub = Hub("modelscope", stand_in.url)
     plan = make_plan(hub, ID)
     assert plan.commit == "" and plan.revision == "master"
