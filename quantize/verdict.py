@@ -134,7 +134,7 @@ class Verdict:
         if self.job_seconds is not None:
             lines.append(f"{'quantized in':16}  {duration(self.job_seconds)}")
         for stage, seconds in (self.stages or {}).items():
-            lines.append(f"{'  ' + stage:16}  {seconds:8.2f} s")
+            lines.append(f"  {stage:16}{seconds:9.2f} s")
         if self.peak_memory is not None:
             gpu = self.peak_memory.gpu
             on_gpu = "" if gpu is None else f"{size(gpu)} on the GPU, "

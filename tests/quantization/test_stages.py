@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.stages import StageTimes, peak_memory
+from quantize.stages import PeakMemory, StageTimes, peak_memory
+from quantize.verdict import Measured, Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,3 +71,18 @@ def test_the_peak_stays_when_memory_was_given_back():
     assert gpu is None
     assert after - before > 290_000_000
     assert peak_memory().host > len(ballast)
+
+
+def test_a_verdict_tells_them():
+    model = Measured("a/b", 1.0, 10, 20, "float16", (), 3.0)
+    verdict = Verdict(
+        True, "Passed.", 0.05, 100, 2, "text", (), model, job_seconds=70.0,
+        stages={"search scale": 12.345, "other": 0.5},
+        peak_memory=PeakMemory(14_200_000_000, 3_000_000_000),
+    )  # fmt: skip
+    table = verdict.table()
+    assert "  search scale        12.35 s\n  other                0.50 s\n" in table
+    assert "14.2 GB on the GPU, 3.0 GB on the host" in table
+    written = json.loads(json.dumps(verdict.as_dict()))
+    assert written["stages"] == {"search scale": 12.345, "other": 0.5}
+    assert written["peak_memory"] == {"gpu": 14_200_000_000, "host": 3_000_000_000}
