@@ -20,6 +20,8 @@ from backend.model_files import read_json, read_text
 CAPABILITIES = ("chat", "completion", "infilling", "python")
 FILL = "<FILL>"  # where the model is to write, in a message to a model that fills in
 FILE_TYPES = (".json", ".jinja")
+# Tokens by which chat templates end a turn. Some models list only their end-of-text token.
+END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<eoa>")
 HINT = "python app.py list prints all names; a .json or .jinja file is another way."
 
 
@@ -277,6 +279,11 @@ def declared(folder: Path) -> ChatFormat | None:
         if any(_lists(folder / file, token) for file in TOKEN_FILES):
             return FORMATS[name]
     return None
+
+
+def end_of_turn(source: str) -> list[str]:
+    """The tokens that end a turn in a chat template's Jinja."""
+    return [token for token in END_OF_TURN_TOKENS if token in source]
 
 
 def _lists(path: Path, token: str) -> bool:

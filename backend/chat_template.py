@@ -22,7 +22,6 @@ from backend.chat_formats import ChatFormat
 from backend.errors import UserError
 from backend.model_files import chat_template_source, read_text, special_tokens
 from backend.tokenizer import Tokenizer
-from backend.tokenizer.tokenizer import END_OF_TURN_TOKENS
 from backend.workspace.layout import text_folder
 
 log = logging.getLogger(__name__)
@@ -132,7 +131,7 @@ class ChatTemplate:
             words = [(word, tokenizer.token_to_id(word)) for word in self.source.stop_words]
             ids = [i for _, i in words if i in tokenizer.special_ids]
             return ids, [word for word, i in words if i not in tokenizer.special_ids]
-        tokens = [token for token in END_OF_TURN_TOKENS if token in (self.source or "")]
+        tokens = chat_formats.end_of_turn(self.source or "")
         known = [tokenizer.token_to_id(token) for token in tokens]
         return [i for i in known if i in tokenizer.special_ids], []
 

@@ -8,7 +8,7 @@ lets a stream end anywhere, and `detokenizer` and `Tokenizer.decode` agree by co
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path
@@ -18,18 +18,8 @@ from backend import chat_formats
 from backend.config import SamplingParams
 from backend.errors import UserError
 from backend.model_files import chat_template_source, read_json, special_tokens
-from backend.tokenizer import json_codec, sentencepiece_codec, tiktoken_codec
 from backend.tokenizer.codec import Codec
 from backend.workspace.layout import text_folder
-
-# In this order: a tokenizer.json is what a checkpoint's authors made last.
-FILES: dict[str, Callable[[Path], Codec]] = {
-    json_codec.FILE: json_codec.JsonCodec.from_folder,
-    sentencepiece_codec.FILE: sentencepiece_codec.SentencePieceCodec.from_folder,
-    tiktoken_codec.FILE: tiktoken_codec.TiktokenCodec.from_folder,
-}
-# Tokens by which chat templates end a turn. Some models list only their end-of-text token.
-END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<eoa>")
 
 
 class Tokenizer:
@@ -167,6 +157,29 @@ def sampling_defaults(folder: str | Path) -> dict[str, float]:
     return defaults
 
 
+def _json(folder: Path) -> Codec:
+    from backend.tokenizer.json_codec import JsonCodec
+
+    return JsonCodec.from_folder(folder)
+
+
+def _sentencepiece(folder: Path) -> Codec:
+    from backend.tokenizer.sentencepiece_codec import SentencePieceCodec
+
+    return SentencePieceCodec.from_folder(folder)
+
+
+def _tiktoken(folder: Path) -> Codec:
+    from backend.tokenizer.tiktoken_codec import TiktokenCodec
+
+    return TiktokenCodec.from_folder(folder)
+
+
+# In this order: a tokenizer.json is what a checkpoint's authors made last. Each library is
+# imported for its own files only.
+FILES = {"tokenizer.json": _json, "tokenizer.model": _sentencepiece, "qwen.tiktoken": _tiktoken}
+
+
 def _codec(folder: Path) -> Codec:
     if folder.is_file():
         raise UserError(f"{folder} is a file, not a model.", "Name the folder that it lies in.")
@@ -195,7 +208,7 @@ def _end_of_turn(folder: Path) -> Sequence[str]:
     """Tokens that end a turn by the checkpoint's template; without one, by its family's."""
     source = chat_template_source(folder)
     if source is not None:
-        return [token for token in END_OF_TURN_TOKENS if token in source]
+        return chat_formats.end_of_turn(source)
     declared = chat_formats.declared(folder)
     return () if declared is None else declared.stop_words
 

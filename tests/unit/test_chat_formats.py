@@ -106,6 +106,11 @@ def test_every_format_has_a_prompt_here_and_every_name_leads_to_one() -> None:
         assert chat_formats.is_known(typed)
 
 
+def test_every_name_is_in_the_docs() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/chat_templates.md").read_text("utf-8")
+    assert not [name for name in chat_formats.names() if f"`{name}`" not in page]
+
+
 def test_a_conversation_that_is_not_continued() -> None:
     text = named("llama2").render(TALK[:2], "<s>", generate=False)
     assert text == "<s>[INST] Hi [/INST] Hello! </s>"
