@@ -1,6 +1,6 @@
 """What quantization costs, method by method, on a model that is trained for it in the same run.
 
-    python -m tests.bench.quality --json FILE      a GPU: about 7 minutes
+    python -m tests.bench.quality --json FILE      a GPU: about 8 minutes
     python -m tests.bench.quality --tiny           any CPU: the same path, no figures worth keeping
     python -m tests.bench.quality --model DIR      an existing 16-bit model instead
 
@@ -18,6 +18,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from io import StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,14 @@ from torch import Tensor
 from backend.models.registry import read_model_config
 from backend.tokenizer import Tokenizer
 from quantize.data import load_samples
-from quantize.evaluate import compare, disk_bytes, heldout_windows, pick_device, pick_dtype
+from quantize.evaluate import (
+    Sums,
+    compare,
+    disk_bytes,
+    heldout_windows,
+    pick_device,
+    pick_dtype,
+)
 from quantize.model_run import KVFormat, ModelRun, Window, run_model
 from quantize.progress import Progress
 from quantize.verdict import bootstrap
@@ -44,6 +53,7 @@ from tests.bench.quality_model import (
 SEQLEN = 512  # tokens of an evaluation window, as in `lite evaluate`
 EVERYTHING = 1 << 24  # more tokens than there are
 Difference = tuple[float, float, float]  # nats a token, and its 95 % interval
+Texts = dict[str, list[Window]]
 
 
 @dataclass(frozen=True)
@@ -66,14 +76,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Text:
-    """Some of the windows that all models were run over, by their places."""
-
-    name: str
-    places: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Judged:
     """One model's rows on one text."""
 
@@ -86,74 +88,85 @@ class Judged:
 
 def texts_of(
     tokenizer: Tokenizer, unseen: Sequence[str], tokens: int
-) -> tuple[list[Window], list[Text]]:
+) -> Texts:
     """Windows over `tokens` of the bundled held-out text, and one of each unseen document."""
-    windows = heldout_windows(tokenizer, tokens, SEQLEN)
-    bundled = len(windows)
-    after = windows[-1].document + 1
-    for index, text in enumerate(unseen):
-        ids = tokenizer.encode(text)[:SEQLEN]
-        if len(ids) >= 2:
-            windows.append(Window(after + index, ids))
-    every = range(len(windows))
-    return windows, [Text("all documents", tuple(every)), Text("bundled", tuple(every[:bundled]))]
+    bundled = heldout_windows(tokenizer, tokens, SEQLEN)
+    encoded = (tokenizer.encode(text)[:SEQLEN] for text in unseen)
+    others = [Window(index, ids) for index, ids in enumerate(encoded) if len(ids) >= 2]
+    return {"bundled held-out text": bundled, "other unseen documents": others}
+
+
+def silent() -> Progress:
+    """Nobody is to be told."""
+    return Progress(stream=StringIO())
 
 
 def difference(nats: Tensor, rival: Tensor, counts: Tensor) -> Difference:
-    """Mean and interval of two models' nats by document."""
+    """Mean and interval of what a model loses against another, of their nats by document."""
     losses = nats - rival
     return float(losses.sum() / counts.sum()), *bootstrap(losses, counts)
 
 
-def judge(
-    job: Job, methods: Sequence[Method], windows: list[Window], texts: list[Text],
-    vocab_size: int,
-) -> list[Judged]:
+def measured(
+    runs: Sequence[ModelRun], texts: Texts, vocab_size: int, device: torch.device
+) -> dict[str, Sums]:
+    """One model or two over each text, and over all documents together."""
+    sums, start = {}, 0
+    for name, windows in texts.items():
+        stop = start + len(windows)
+        parts = [replace(run, hidden=run.hidden[start:stop]) for run in runs]
+        sums[name] = compare(parts, windows, vocab_size, device, silent())
+        start = stop
+    each = list(sums.values())
+    sums["all documents"] = Sums(
+        torch.cat([part.counts for part in each]),
+        [torch.cat(nats) for nats in zip(*(part.nats for part in each))],
+        sum(part.divergence for part in each),
+        sum(part.agreed for part in each),
+    )
+    return sums
+
+
+def judge(job: Job, methods: Sequence[Method], texts: Texts) -> list[Judged]:
     """Quantize a model by each method, and measure each result on each text."""
-    quiet = job.progress
     dtype = pick_dtype("auto", job.device, job.source)
+    vocab_size = read_model_config(job.source).vocab_size
+    windows = list(chain.from_iterable(texts.values()))
 
     def run(folder: str, form: KVFormat) -> ModelRun:
-        return run_model(folder, windows, job.device, dtype, quiet, form)
+        return run_model(folder, windows, job.device, dtype, job.progress, form)
 
     original = run(job.source, KVFormat())
-    judged: list[Judged] = []
-    nats: list[dict[str, Tensor]] = [{} for _ in texts]
-    for text in texts:
-        chosen = [windows[place] for place in text.places]
-        sums = compare([_part(original, text)], chosen, vocab_size, job.device, quiet)
+    alone = measured([original], texts, vocab_size, job.device)
+    judged = {}
+    for text, sums in alone.items():
         tokens = int(sums.counts.sum())
         mean = float(sums.nats[0].sum()) / tokens
-        judged.append(Judged(text.name, len(sums.counts), tokens, mean, []))
+        judged[text] = Judged(text, len(sums.counts), tokens, mean, [])
     _ = job.stats  # timed apart: LMDeploy's rule and kv_qparams share it
+    nats: dict[str, dict[str, Tensor]] = {text: {} for text in judged}
     for number, method in enumerate(methods):
         began = time.monotonic()
         folder, form = method.make(job, str(job.folder / f"method-{number}"))
         seconds = time.monotonic() - began
-        result = run(folder, form)
-        for text, found, rivals in zip(texts, judged, nats):
-            chosen = [windows[place] for place in text.places]
-            runs = [_part(original, text), _part(result, text)]
-            sums = compare(runs, chosen, vocab_size, job.device, quiet)
-            rivals[method.name] = sums.nats[1]
-            found.rows.append(Row(
+        both = [original, run(folder, form)]
+        for text, sums in measured(both, texts, vocab_size, job.device).items():
+            first, second = sums.nats
+            nats[text][method.name] = second
+            judged[text].rows.append(Row(
                 method.name,
-                difference(sums.nats[1], sums.nats[0], sums.counts),
-                sums.divergence / found.tokens,
-                sums.agreed / found.tokens,
+                difference(second, first, sums.counts),
+                sums.divergence / judged[text].tokens,
+                sums.agreed / judged[text].tokens,
                 {
-                    name: difference(sums.nats[1], rivals[name], sums.counts)
-                    for name in method.rivals if name in rivals
+                    rival: difference(second, nats[text][rival], sums.counts)
+                    for rival in method.rivals if rival in nats[text]
                 },
                 disk_bytes(folder),
                 seconds,
             ))  # fmt: skip
         print(f"{method.name}: made in {seconds:.1f} s", flush=True)
-    return judged
-
-
-def _part(run: ModelRun, text: Text) -> ModelRun:
-    return replace(run, hidden=[run.hidden[place] for place in text.places])
+    return list(judged.values())
 
 
 def table(judged: Judged) -> str:
@@ -201,7 +214,6 @@ def main() -> None:
         parser.error("training needs a GPU; --tiny and --model DIR run anywhere")
     began = time.monotonic()
     figures: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "calibration": [args.calib_samples, args.calib_seqlen, args.seed],
     }
@@ -219,13 +231,15 @@ def main() -> None:
             documents, figures["training"] = train_model(source, plan, device)
             unseen = documents[: args.unseen]
             print(f"trained after {time.monotonic() - began:.0f} s: {_summary(figures)}")
+        # Not before the training's processes were forked: it opens the GPU.
+        figures["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         methods = [m for m in METHODS if not args.only or any(part in m.name for part in args.only)]
         models = {"as trained": source}
         if not args.no_outliers:
             models["with planted outliers"] = home / "outliers"
             plant_outliers(source, home / "outliers")
         tokenizer = Tokenizer.from_folder(source)
-        windows, texts = texts_of(
+        texts = texts_of(
             tokenizer, unseen, args.eval_tokens or (2048 if args.tiny else EVERYTHING)
         )
         samples = load_samples(
@@ -233,13 +247,10 @@ def main() -> None:
         )
         tables = []
         for name, folder in models.items():
-            with tempfile.TemporaryDirectory(dir=home) as results, open("/dev/null", "w") as quiet:
-                job = Job(
-                    str(folder), Path(results), samples, device,
-                    pick_dtype("auto", device, str(folder)), Progress(stream=quiet),
-                )  # fmt: skip
-                vocab_size = read_model_config(str(folder)).vocab_size
-                judged = judge(job, methods, windows, texts, vocab_size)
+            with tempfile.TemporaryDirectory(dir=home) as results:
+                dtype = pick_dtype("auto", device, str(folder))
+                job = Job(str(folder), Path(results), samples, device, dtype, silent())
+                judged = judge(job, methods, texts)
             figures[name] = [asdict(part) for part in judged]
             tables += [f"\n{name}, {table(part)}" for part in judged]
             if args.json:  # what is measured is kept, whatever comes
