@@ -1,4 +1,7 @@
-"""`python app.py download ID`, and ids in place of folders wherever a model is named."""
+"""`python app.py download ID`, and ids in place of folders wherever a model is named.
+
+What downloads is imported when it does: other commands need neither it nor what it needs.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from backend.errors import UserError
-from backend.hub import (
-    ENDPOINTS,
-    Hub,
-    Plan,
-    Progress,
-    fetch,
-    find,
-    gigabytes,
-    is_id,
-    make_plan,
-)
 from backend.hub.errors import OfflineError
+from backend.hub.names import ENDPOINTS, is_id
+
+if TYPE_CHECKING:
+    from backend.hub.fetch import Progress
+    from backend.hub.plan import Hub, Plan
 
 MAX_TOKEN_BYTES = 4096
 
@@ -61,6 +56,9 @@ class _NoToken(argparse.Action):
 
 def run(args: argparse.Namespace) -> int:
     """Download a model; the folder is printed last."""
+    from backend.hub.fetch import fetch
+    from backend.hub.plan import Hub, make_plan
+
     events = args.progress == "json"
     try:
         hub = Hub(args.source, args.endpoint, read_token(args.token_file))
@@ -100,6 +98,9 @@ def model_folder(name: str) -> str:
     """
     if not is_id(name) or os.path.exists(name):
         return name
+    from backend.hub.library import find
+    from backend.hub.plan import Hub, make_plan
+
     if os.path.isdir(name.partition("/")[0]):  # a path mistyped; one does not fetch gigabytes then
         raise UserError(f"There is no folder {name}.",
                         f"If it is a model's id: python app.py download {name}", field="model")
@@ -116,6 +117,10 @@ def model_folder(name: str) -> str:
 
 def fetch_visibly(hub: Hub, plan: Plan) -> Path:
     """`fetch` with a bar, if standard error is a terminal. Ctrl-C says how to go on."""
+    from tqdm import tqdm
+
+    from backend.hub.fetch import fetch
+
     there = plan.total_bytes - plan.bytes_to_fetch
     with tqdm(total=plan.total_bytes, initial=there, unit="B", unit_scale=True,
               disable=None if plan.bytes_to_fetch else True) as bar:
@@ -134,6 +139,8 @@ def fetch_visibly(hub: Hub, plan: Plan) -> Path:
 
 def describe(plan: Plan) -> str:
     """A plan in words and a table."""
+    from backend.hub.fetch import gigabytes
+
     version = plan.commit[:12] or plan.revision
     lines = [f"{plan.id} at {version} from {plan.endpoint}"]
     for planned in plan.files:

@@ -20,7 +20,8 @@ import platformdirs
 
 from backend.errors import UserError
 from backend.hub.errors import BusyError
-from backend.hub.sources import HubFile, checked_id, checked_revision
+from backend.hub.names import checked_id, checked_revision
+from backend.hub.sources import HubFile
 from backend.model_files import read_json
 
 MANIFEST = ".download.json"

@@ -12,12 +12,7 @@ from backend.errors import UserError
 from backend.hub.connection import Connection
 from backend.hub.errors import HubError
 from backend.hub.library import Entry, Manifest, draft_of, target_of
-from backend.hub.patience import Patience
-from backend.hub.sources import (
-    PROTOCOLS,
-    HubFile,
-    Listing,
-    Source,
+from backend.hub.names import (
     checked_id,
     checked_path,
     checked_revision,
@@ -25,6 +20,8 @@ from backend.hub.sources import (
     default_source,
     default_token,
 )
+from backend.hub.patience import Patience
+from backend.hub.sources import PROTOCOLS, HubFile, Listing, Source
 
 # What the engine and people read. Of the top folder only: others hold the same in other formats.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.md",

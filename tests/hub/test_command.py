@@ -12,8 +12,9 @@ import pytest
 
 import app
 from backend.errors import UserError
-from backend.hub import Hub, fetch, make_plan
 from backend.hub.errors import OfflineError
+from backend.hub.fetch import fetch
+from backend.hub.plan import Hub, make_plan
 from backend.hub_commands import model_folder
 from tests.app_process import BOUND_S, ROOT, environment
 from tests.hub.conftest import ID, WEIGHTS

@@ -10,9 +10,10 @@ import requests
 import urllib3
 
 from backend.errors import UserError
-from backend.hub import Hub, fetch, make_plan
 from backend.hub.connection import Connection, Passing
 from backend.hub.errors import GatedError, HubError, MissingError, OfflineError
+from backend.hub.fetch import fetch
+from backend.hub.plan import Hub, make_plan
 from tests.hub.conftest import ID
 from tests.stand_in import send, send_json
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from backend.hub import Hub, HubError, fetch, make_plan
+from backend.hub.errors import HubError
+from backend.hub.fetch import fetch
+from backend.hub.plan import Hub, make_plan
 from tests.hub.conftest import ID
 from tests.stand_in_hub import StandInHub
 

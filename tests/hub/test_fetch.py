@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from backend.errors import UserError
-from backend.hub import Hub, discard, downloads, fetch, find, make_plan, target_of
 from backend.hub.errors import BusyError, DamagedError, DownloadStopped, NoSpaceError, OfflineError
-from backend.hub.library import draft_of, locked, previous_of
-from backend.hub.plan import part_of
+from backend.hub.fetch import fetch
+from backend.hub.library import discard, downloads, draft_of, find, locked, previous_of, target_of
+from backend.hub.plan import Hub, make_plan, part_of
 from tests.app_process import ROOT, until
 from tests.hub.conftest import CHOSEN, ID, WEIGHTS
 from tests.stand_in import send

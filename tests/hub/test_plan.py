@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from backend.errors import UserError
-from backend.hub import Hub, fetch, make_plan, models_dir, target_of
 from backend.hub.errors import GatedError, HubError, MissingError, OfflineError
+from backend.hub.fetch import fetch
+from backend.hub.library import models_dir, target_of
+from backend.hub.names import checked_path, is_id
 from backend.hub.patience import Patience
-from backend.hub.plan import choose
-from backend.hub.sources import HubFile, checked_path, is_id
+from backend.hub.plan import Hub, choose, make_plan
+from backend.hub.sources import HubFile
 from tests.hub.conftest import CHOSEN, ID, WEIGHTS
 from tests.stand_in import send, send_json
 
