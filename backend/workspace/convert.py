@@ -1,15 +1,14 @@
 """`convert`: a model in Hugging Face layout becomes a workspace, one layer at a time.
 
-Memory holds one layer (or the embedding) and what of it is being written; while the next one is
-read, the last one goes to the disk and is hashed. All is written to NAME.partial, which gets its
-name last.
+While a layer is read, those before it go to the disk and are hashed; memory holds these few. All is
+written to NAME.partial, which gets its name last.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -50,6 +49,8 @@ from backend.workspace.layout import (
 from backend.workspace.new_folder import NewFolder
 
 INDEX = "model.safetensors.index.json"
+WRITERS = 3  # threads that write and hash files
+WAITING_BYTES = 2 << 30  # of tensors that wait for them; one layer may be more
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "*.tiktoken", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
@@ -232,20 +233,20 @@ def _write_weights(
     files: dict[str, FileRecord] = {}
     places: dict[str, str] = {}
     done, total = 0, source.size
-    last: Future[dict[str, FileRecord]] | None = None
-    with ThreadPoolExecutor(1) as writer:
+    pending: deque[tuple[int, Future[dict[str, FileRecord]]]] = deque()
+    with ThreadPoolExecutor(WRITERS) as writers:
         for stem, tensors in _shards(source, tp):
-            if last is not None:  # so that never more than two layers are in memory
-                files |= last.result()
             shard = f"{stem}.safetensors"
             places |= dict.fromkeys(tensors, shard)
             size = sum(tensor.nbytes for tensor in tensors.values())
-            last = writer.submit(_write_shard, partial, shard, tensors)
+            while pending and size + sum(waiting for waiting, _ in pending) > WAITING_BYTES:
+                files |= pending.popleft()[1].result()
+            pending.append((size, writers.submit(_write_shard, partial, shard, tensors)))
             del tensors
             done += size
             progress(min(done, total), total)
-        assert last is not None
-        files |= last.result()
+        for _, written in pending:
+            files |= written.result()
     index = {"metadata": {"total_size": done}, "weight_map": dict(sorted(places.items()))}
     (partial / WEIGHTS / INDEX).write_text(dumps(index, indent=1) + "\n", encoding="utf-8")
     return files | record(partial, [f"{WEIGHTS}/{INDEX}"])
