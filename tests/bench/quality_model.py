@@ -170,4 +170,5 @@ def plant_outliers(source: Path, target: Path, seed: int = 0) -> None:
     target.mkdir(parents=True)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     for name in ("config.json", *COPIED):
-        shutil.copyfile(source / name, target / name)
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
