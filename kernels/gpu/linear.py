@@ -259,11 +259,11 @@ def choose_strip(columns: int) -> Strip:
     return STRIP if 7 * columns >= 6 * steps * STRIP.depth else THIN_STRIP
 
 
-# Of a weight that does not stay in an H200's L2 cache, cuBLAS loses some time with prompts: 22016 x
-# 4096 takes 526 µs with 2048 tokens, in slices of 32 MB 516, 4096 x 11008 takes 265 and 240. With
-# 1024 tokens slices gain nothing.
+# Of a weight that does not stay in an H200's L2 cache, cuBLAS loses a little with prompts: 22016 x
+# 4096 takes 526 µs with 2048 tokens, in four slices 498; 4096 x 11008 takes 265, in two 254. With
+# 1024 tokens slices gain nothing, and smaller ones lose.
 PROMPT = 1536
-SLICE_BYTES = 32 << 20
+SLICE_BYTES = 48 << 20
 STRIP = Strip(2, 2048, 8)
 THIN_STRIP = Strip(1, 2048, 4)
 # Rows, of 2 to 16 tokens' products, where cuBLAS is slower than own kernels on an H200. 4 tokens:

@@ -225,8 +225,9 @@ def test_the_host_chooses_more_splits_for_a_small_batch():
     from kernels.gpu.decode_attention import choose_splits
 
     assert choose_splits(1, 32, 600, 64, 132) == (10, 1)
-    assert choose_splits(16, 32, 4352, 64, 132) == (3, 7)  # only from 8 tiles on
-    assert choose_splits(256, 32, 2048, 64, 132)[0] == 1
+    assert choose_splits(4, 32, 4352, 64, 132) == (9, 3)
+    assert choose_splits(16, 32, 4352, 64, 132)[0] == 1
+    assert choose_splits(16, 32, 32768, 64, 132) == (4, 15)  # one alone would take too long
     assert choose_splits(1, 8, 1, 64, 132) == (1, 1)
 
 
