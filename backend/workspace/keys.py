@@ -144,3 +144,35 @@ def known_key(name: str) -> Key:
             field=name,
         )
     return KEYS[name]
+
+
+def reference_page() -> str:
+    """docs/config_ini.md: every key, as the table has it."""
+    kinds = {
+        "model": "fixed by the model", "weights": "fixed by the weights", "engine": "setting",
+        "legacy": "without effect",
+    }  # fmt: skip
+    lines = [
+        "# config.ini",
+        "",
+        "Every key of a workspace's config.ini, section `[llama]`, made from",
+        "`backend/workspace/keys.py` by `make docs`. A setting may be left out; then its default",
+        "counts. A flag wins over the file. See [workspaces](workspace.md).",
+        "",
+        "| key | kind | allowed | what `convert` writes | meaning | flags that win over it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key in KEYS.values():
+        allowed = ", ".join(map(str, key.choices))
+        if key.low is not None:
+            allowed = f"from {key.low}" + ("" if key.high is None else f" to {key.high}")
+        flags = ", ".join(f"`--{name.replace('_', '-')}`" for name in key.fields if not key.locked)
+        default = "" if key.default is None else key.default
+        lines.append(
+            f"| `{key.name}` | {kinds[key.kind]} | {allowed} | {default} | {key.help} | {flags} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

@@ -14,7 +14,7 @@ from backend.benchmark.settings import engine_config
 from backend.config import EngineConfig
 from backend.errors import UserError
 from backend.workspace.config_ini import ConfigIni, read_ini
-from backend.workspace.keys import KEYS
+from backend.workspace.keys import KEYS, reference_page
 from backend.workspace.layout import CONFIG_INI, MANIFEST, TOKENIZER, Manifest, record
 from backend.workspace.settings import edit, engine_options, model_name, show
 
@@ -80,6 +80,11 @@ def replace_line(workspace: Path, key: str, line: str) -> None:
     lines = (workspace / CONFIG_INI).read_text().splitlines()
     kept = [line if text.startswith(f"{key} =") else text for text in lines]
     (workspace / CONFIG_INI).write_text("\n".join(kept))
+
+
+def test_the_docs_have_every_key_as_it_is():
+    page = Path(__file__).resolve().parents[2] / "docs" / "config_ini.md"
+    assert page.read_text(encoding="utf-8") == reference_page(), "run make docs"
 
 
 def test_every_key_of_the_tutorials_is_known():
