@@ -21,7 +21,7 @@ from tqdm import tqdm
 from backend.errors import UserError
 from backend.layers.linear import BuildContext
 from backend.layers.linear_method import LinearMethod, WeightSlot
-from backend.layers.methods.awq import AWQMethod
+from backend.layers.methods.awq import AWQMethod, pack_runs, pack_tiles
 from backend.layers.methods.smoothquant import SmoothQuantMethod
 from backend.layers.methods.unquantized import UnquantizedMethod
 from backend.layers.parallel import ParallelContext
@@ -40,6 +40,7 @@ from backend.models.workspace_weights import (
     workspace_slots,
 )
 from backend.workspace.layout import verify, workspace_of
+from kernels.cpu.linear_w4 import supports as cpu_has_w4
 
 log = logging.getLogger(__name__)
 
@@ -177,20 +178,22 @@ def linear_method(
         return UnquantizedMethod()
     if quantization.method == "smooth_quant":
         return SmoothQuantMethod()
-    # Neither a CPU nor a GPU before Ampere has a kernel for this layout; the output head and
-    # everything else are the same.
-    has_kernel = device.type == "meta" or (
+    on_cpu = device.type == "cpu"
+    has_kernel = device.type == "meta" or (on_cpu and cpu_has_w4(dtype)) or (
         device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     )
     if not has_kernel:
         log.warning(
-            "4-bit weights are unpacked to %s: on this device there is no kernel that multiplies "
-            "by 4-bit weights (a GPU needs compute capability 8.0), so they take the memory and "
-            "the time of a 16-bit model's.",
+            "4-bit weights are unpacked to %s and take the memory and the time of such a model's: "
+            "only a GPU of compute capability 8.0, and a CPU with --dtype bfloat16, multiply by "
+            "4-bit weights.",
             str(dtype).removeprefix("torch."),
         )
     return AWQMethod(
-        quantization.group_size, quantization.not_converted, None if has_kernel else dtype
+        quantization.group_size,
+        quantization.not_converted,
+        None if has_kernel else dtype,
+        pack_runs if on_cpu else pack_tiles,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kernels.reference
 from kernels.cpu.attention import paged_attention
+from kernels.cpu.linear_w4 import gated_linear_w4, linear_w4
 from kernels.cpu.linear_w8 import linear_w8
 from kernels.cpu.sampling import sample
 from kernels.ops import AttentionMetadata, KVCache
@@ -18,6 +19,8 @@ from kernels.ops import AttentionMetadata, KVCache
 __all__ = [
     "add_rms_norm",
     "attention",
+    "gated_linear_w4",
+    "linear_w4",
     "linear_w8",
     "paged_attention",
     "rms_norm",

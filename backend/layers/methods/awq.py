@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,11 @@ from backend.errors import UserError
 from backend.layers.linear_method import LinearMethod, LinearWeight
 from backend.layers.methods.unquantized import UnquantizedMethod
 from kernels import ops
+from kernels.cpu.linear_w4 import pack as pack_for_cpu
 from kernels.packing import TILE_COLUMNS, TILE_ROWS, WORDS, W4Weight, pack_w4, unpack_awq
+
+# A checkpoint's qweight, qzeros and scales, and the group size.
+Pack = Callable[[Tensor, Tensor, Tensor, int], W4Weight]
 
 WORD_OUTPUTS = 8  # 4-bit numbers in an int32
 # Outputs unpacked at a time, whole tiles and words: the temporaries of a 7B model's largest run are
@@ -25,15 +29,13 @@ class AWQMethod(LinearMethod):
     qweight is [in_features, out_features / 8], the others have a row a group of inputs. After
     loading, a layer keeps either one W4Weight (`layer.w4`, in 4 bits) or, with `dequantize_to`,
     an ordinary `weight` of that dtype: correct anywhere, but as large and as fast as 16 bits.
-    (torch's own 4-bit product for CPUs gains for one row only. 2 cores with AMX, torch 2.13,
-    4096 x 4096, bfloat16, against the unpacked weight's, ms: 1 row 2.7 and 7.8, 4 rows 10.3 and
-    7.9, 256 rows 104 and 16.)
 
     Args:
         group_size: inputs that share a scale and a zero: 32, 64 or 128.
         not_converted: modules that the checkpoint keeps in 16 bit, each named by one or more
             neighbouring components of its path: "self_attn", "layers.0.mlp.down_proj".
         dequantize_to: see above; None keeps 4 bits, for `kernels.ops.linear_w4`.
+        pack: makes its W4Weight of qweight, qzeros, scales and the group size.
     """
 
     output_multiple = WORD_OUTPUTS
@@ -43,11 +45,13 @@ class AWQMethod(LinearMethod):
         group_size: int,
         not_converted: Sequence[str] = (),
         dequantize_to: torch.dtype | None = None,
+        pack: Pack | None = None,
     ) -> None:
         self.group_size = group_size
         self.input_multiple = group_size
         self.not_converted = tuple(not_converted)
         self.dequantize_to = dequantize_to
+        self.pack = pack or pack_tiles
         self.unquantized = UnquantizedMethod()
 
     def for_layer(self, names: Sequence[str]) -> LinearMethod:
@@ -87,7 +91,7 @@ class AWQMethod(LinearMethod):
             layer.weight = nn.Parameter(weight, requires_grad=False)
             self.unquantized.process_weights_after_loading(layer)
             return
-        packed = _pack(qweight, qzeros, scales, self.group_size)
+        packed = self.pack(qweight, qzeros, scales, self.group_size)
         layer.w4 = packed  # type: ignore[assignment]
         # Parameters too, so that a model's bytes can be counted.
         layer.qweight = nn.Parameter(packed.qweight, requires_grad=False)
@@ -119,7 +123,8 @@ def _runs(
         )
 
 
-def _pack(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> W4Weight:
+def pack_tiles(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> W4Weight:
+    """A checkpoint's tensors in the layout of `kernels.packing`, which a GPU's kernels read."""
     inputs, rows = qweight.shape[0], scales.shape[1]
     row_tiles, column_tiles = -(-rows // TILE_ROWS), -(-inputs // TILE_COLUMNS)
     groups = column_tiles * TILE_COLUMNS // group_size
@@ -133,6 +138,21 @@ def _pack(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> W
         words[tiles] = packed.qweight
         scale_zero[tiles] = packed.scale_zero
     return W4Weight(words, scale_zero, group_size, rows, inputs)
+
+
+def pack_runs(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> W4Weight:
+    """A checkpoint's tensors in the layout of `kernels.cpu.linear_w4`."""
+    parts = [
+        pack_for_cpu(q.t(), part.t(), zeros.t(), group_size)
+        for _, q, zeros, part in _runs(qweight, qzeros, scales)
+    ]
+    return W4Weight(
+        torch.cat([part.qweight for part in parts]),
+        torch.cat([part.scale_zero for part in parts], dim=1),
+        group_size,
+        scales.shape[1],
+        qweight.shape[0],
+    )
 
 
 def _dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
