@@ -20,17 +20,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from backend.errors import UserError
 from backend.layers.linear import ColumnParallelLinear, LinearLayer, RowParallelLinear
 from backend.layers.norm import RMSNorm
 from backend.layers.parallel import ParallelContext
-from backend.models.checkpoint import DOWNLOAD_AGAIN, read_checkpoint
+from backend.models.checkpoint import (
+    DOWNLOAD_AGAIN,
+    read_checkpoint,
+    read_header,
+    read_tensor,
+)
 from backend.models.decoder import DecoderLayer
 from backend.models.loader import create_shell
-from backend.models.registry import read_config_fields, read_model_config
+from backend.models.registry import family_of, read_config_fields, read_model_config
 from kernels.packing import pack_awq, unpack_awq
 from quantize.awq import QuantizedBlock
 from quantize.blocks import linears
@@ -79,6 +84,7 @@ class CheckpointWriter:
         self.folder = self.target.with_name(self.target.name + ".partial")
         self.quantization = dict(quantization)
         self.config = read_model_config(source)
+        self.layout = family_of(self.config.architecture).layout  # the source's, kept
         self.shards = self.config.num_layers + 1
         self.overwrite = overwrite
         self.job = {**job, "model": fingerprint(source)}
@@ -161,8 +167,11 @@ class CheckpointWriter:
         if not path.exists():
             return None
         try:
-            return load_file(path), self.losses[str(index)]
-        except (OSError, SafetensorError, KeyError) as error:
+            infos = self.layout.present(self.config, read_header(str(path)))
+            with safe_open(path, framework="pt", device="cpu") as file:
+                tensors = {name: read_tensor(file, info) for name, info in infos.items()}
+            return tensors, self.losses[str(index)]
+        except (OSError, SafetensorError, KeyError, UserError) as error:
             raise UserError(
                 f"{path} cannot be read: {error}.",
                 "Give --overwrite to begin anew.",
@@ -172,7 +181,7 @@ class CheckpointWriter:
     def write_block(
         self, index: int, tensors: Mapping[str, Tensor], losses: Mapping[str, float]
     ) -> None:
-        """One finished block: its tensors by their names in the checkpoint, and what it lost."""
+        """One finished block: its tensors by the decoder's names, and what it lost."""
         self.losses[str(index)] = dict(losses)
         try:
             self._write_job()  # first: a shard that is there is finished in every respect
@@ -183,7 +192,8 @@ class CheckpointWriter:
     def _write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         path = self._shard(number)
         draft = path.with_suffix(".tmp")
-        ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        stored = self.layout.restore(self.config, tensors)
+        ready = {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
         try:
             # More metadata than one entry would be written in a random order.
             save_file(ready, draft, metadata={"format": "pt"})
@@ -215,13 +225,13 @@ class CheckpointWriter:
 
     def _others(self) -> Iterator[tuple[str, Tensor]]:
         """Embedding, last norm and head as the source stores them."""
-        tensors = read_checkpoint(str(self.source))
+        tensors = self.layout.present(self.config, read_checkpoint(str(self.source)))
         for name in create_shell(self.config, ParallelContext()).weight_slots():
             if name.startswith("model.layers."):
                 continue
             try:
                 with safe_open(tensors[name].path, framework="pt", device="cpu") as file:
-                    yield name, file.get_tensor(name)
+                    yield name, read_tensor(file, tensors[name])
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"{tensors[name].path} cannot be read: {error}.", DOWNLOAD_AGAIN
@@ -281,7 +291,7 @@ def awq_config(form: GroupFormat) -> dict[str, Any]:
 
 
 def awq_tensors(block: DecoderLayer, quantized: QuantizedBlock) -> dict[str, Tensor]:
-    """A block's tensors by their names in the checkpoint, as AutoAWQ stores them."""
+    """A block's tensors by the decoder's names, as AutoAWQ stores them."""
     tensors: dict[str, Tensor] = {}
     for name, layer in linears(block).items():
         for prefix, start, length in stored_parts(layer):
