@@ -129,6 +129,8 @@ def read_ini(path: Path) -> ConfigIni:
         UserError: it cannot be read, is no UTF-8 text, too large, or as ConfigIni.
     """
     try:
+        if not path.exists():
+            raise UserError(f"{path} is missing.", "Put it back: a line [llama] is enough.")
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path} is no config.ini: not a regular file, or too large.")
         with open(path, encoding="utf-8", newline="") as file:

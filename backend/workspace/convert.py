@@ -6,7 +6,9 @@ written to NAME.partial, which gets its name last.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from backend.chat_formats import template_choice
+from backend.chat_template import ChatTemplate
 from backend.errors import UserError
 from backend.layers.embedding import VocabParallelEmbedding
 from backend.layers.linear import BuildContext, LinearLayer
@@ -48,6 +52,7 @@ from backend.workspace.layout import (
 )
 from backend.workspace.new_folder import NewFolder
 
+NAME = re.compile(r"[\w.:/+-]+")
 INDEX = "model.safetensors.index.json"
 WRITERS = 3  # threads that write and hash files
 WAITING_BYTES = 2 << 30  # of tensors that wait for them; one layer may be more
@@ -59,6 +64,7 @@ WEIGHT_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "b
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
 BYTES = {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 
+log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -108,6 +114,12 @@ def convert(
         UserError: the model is missing, damaged, not supported or not what `model_format` says;
             `tp` does not divide it; or the target exists, or cannot be written.
     """
+    if NAME.fullmatch(name) is None:
+        raise UserError(
+            f"{name!r:.80} is no name for a model.",
+            "Use letters, digits and . _ - + : / only.",
+            field="name",
+        )
     folder = Path(model)
     if workspace_of(folder) is not None:
         raise UserError(f"{folder} is a workspace already.", "Name the model that it is made of.")
@@ -120,6 +132,7 @@ def convert(
         for path in tokenizer_files:
             shutil.copyfile(path, partial / TOKENIZER / path.name)
         (partial / TOKENIZER / "config.json").write_text(_config_json(source), encoding="utf-8")
+        _check_template(name, partial / TOKENIZER)
         locked = _locked(name, source, tp, Tokenizer.from_folder(partial / TOKENIZER))
         files = _write_weights(source, partial, tp, progress)
         names = [f"{TOKENIZER}/{entry.name}" for entry in (partial / TOKENIZER).iterdir()]
@@ -175,6 +188,15 @@ def _tokenizer_files(folder: Path, tokenizer_path: str | Path | None) -> list[Pa
             if wanted and path.is_file() and not mixed:
                 chosen.setdefault(path.name, path)
     return list(chosen.values())
+
+
+def _check_template(name: str, folder: Path) -> None:
+    """Warn if the model could not chat: NAME chooses no template, and it brings none."""
+    if ChatTemplate.from_folder(folder, template_choice("", name)).source is None:
+        log.warning(
+            "%s is no chat template's name, and the model has no template of its own: it can "
+            "complete text, but not chat. `--chat-template` chooses one when it is served.", name
+        )
 
 
 def _config_json(source: Source) -> str:

@@ -44,7 +44,8 @@ def workspace_of(model: str | os.PathLike[str]) -> Path | None:
         (path.parent, "triton_models"),
         (path.parent.parent, WEIGHTS),
     ):
-        if root / inner == path and (root / CONFIG_INI).is_file():
+        whole = (root / MANIFEST).is_file() and (root / WEIGHTS).is_dir()
+        if root / inner == path and (whole or (root / CONFIG_INI).is_file()):
             return root
     return None
 

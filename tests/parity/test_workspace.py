@@ -250,18 +250,30 @@ def test_nothing_is_left_of_what_fails_and_of_what_was_killed(source):
         (dict(model_format="awq"), "no 4-bit weights"),
         (dict(group_size=128), "not quantized in groups"),
         (dict(tp=3), "tp 3"),
+        (dict(name="a # b"), "no name for a model"),
         (dict(tokenizer_path="nowhere"), "no tokenizer at nowhere"),
     ],
 )
 def test_what_cannot_be_converted(source, options, words):
     with pytest.raises(UserError, match=words):
-        convert("tiny", source, source.parent / "workspace", **options)
+        convert(**{"name": "tiny", **options}, model=source, target=source.parent / "workspace")
     assert list(source.parent.iterdir()) == [source]
 
 
 def test_a_workspace_is_not_quantized(workspace):
     with pytest.raises(UserError, match="quantized before it is converted"):
         check_source(str(workspace))
+
+
+def test_the_name_chooses_a_template_and_without_one_nobody_chats(source, caplog):
+    (source / "tokenizer_config.json").write_text("{}")
+    convert("internlm-chat-7b", source, source.parent / "named")
+    assert not caplog.records
+    (source / "tokenizer.json").write_text(
+        (source / "tokenizer.json").read_text().replace("<|im_start|>", "<|other|>")
+    )
+    convert("tiny", source, source.parent / "base")
+    assert "tiny is no chat template's name" in caplog.text
 
 
 def test_another_tokenizer(source):

@@ -257,6 +257,14 @@ def test_a_file_that_is_not_written_in_utf8(workspace):
         read_ini(workspace / CONFIG_INI)
 
 
+def test_a_file_that_was_deleted(workspace):
+    (workspace / CONFIG_INI).unlink()
+    with pytest.raises(UserError, match="config.ini is missing"):
+        engine_options(str(workspace), {})
+    (workspace / CONFIG_INI).write_text("[llama]\n")
+    assert options(workspace) == EngineConfig()
+
+
 def test_lmdeploy_s_own_workspaces_are_refused(workspace):
     (workspace / MANIFEST).unlink()
     with pytest.raises(UserError, match="LMDeploy's own"):
