@@ -1,49 +1,38 @@
 """What the inputs of a model's layers look like over calibration text, observed block by block.
 
 Memory holds one block, the hidden states of all samples up to a bound (the rest lies on disk), and
-a few vectors a layer. The result is one safetensors file that names the model it belongs to.
+what is kept of each layer. The result is `quantize.stats`'s one file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from backend.errors import UserError
-from backend.models.checkpoint import read_checkpoint
 from backend.models.decoder import DecoderLayer
 from backend.models.loader import is_finite
 from backend.tokenizer import Tokenizer
 from quantize.blocks import BlockModel, HiddenStore, in_batches, observed_inputs
 from quantize.data import load_samples
 from quantize.progress import Progress
+from quantize.stats import (
+    CalibrationInfo,
+    CalibrationStats,
+    ChannelStats,
+    LinearStats,
+    fingerprint,
+    run_length,
+    sample_stride,
+)
 
-STATS_FILE = "calibration_stats.safetensors"
-FORMAT = "1"  # of the file; raised when an older reader would misread it
 BATCH_TOKENS = 8192  # run at a time unless asked otherwise: enough for a GPU's largest products
-SAMPLED_BYTES = 1 << 16  # of each weight file, for a model's fingerprint
-
-
-@dataclass(frozen=True)
-class ChannelStats:
-    """Of each channel, over all tokens; float32 tensors of one shape: [C], or [K, D] of K and V."""
-
-    min: Tensor
-    max: Tensor
-    absmax: Tensor
-    mean: Tensor
-    absmean: Tensor
 
 
 class Observer:
@@ -90,42 +79,46 @@ class Observer:
         )
 
 
-@dataclass(frozen=True)
-class CalibrationInfo:
-    """How stats were made. `note` is for the user; `model` is `fingerprint` of the checkpoint."""
+class LinearObserver(Observer):
+    """Gathers LinearStats; in it tokens are [C].
 
-    model: str
-    num_blocks: int
-    dataset: str
-    note: str
-    samples: int
-    seqlen: int
-    seed: int
-    dtype: str  # that the model was computed in
-
-
-@dataclass(frozen=True)
-class CalibrationStats:
-    """Stats of every linear's and norm's input, and of K and V, by name.
-
-    What a norm gives out is the input of the linear that reads it: qkv_proj reads input_layernorm,
-    gate_up_proj reads post_attention_layernorm.
+    Args:
+        stride: one token of so many is kept.
+        start: tokens that were seen before the first one here.
     """
 
-    channels: dict[str, ChannelStats]
-    info: CalibrationInfo
+    gram: Tensor  # [C / run, run, run], summed in float32
 
-    def input(self, block: int, name: str) -> ChannelStats:
-        """Input channels [C] of a block's "self_attn.qkv_proj", "input_layernorm", ..."""
-        return self.channels[f"layers.{block}.{name}.input"]
+    def __init__(self, stride: int, start: int = 0) -> None:
+        super().__init__()
+        self._stride, self._start = stride, start
+        self.kept: list[Tensor] = []
 
-    def keys(self, block: int) -> ChannelStats:
-        """A block's K after the rotation, [K, D]."""
-        return self.channels[f"layers.{block}.self_attn.key"]
+    def update(self, x: Tensor) -> None:
+        """x [T, C]: T more tokens, of any float dtype."""
+        seen = self._start + self.tokens
+        self.kept.append(x[-seen % self._stride :: self._stride].to("cpu", copy=True))
+        runs = x.float().unflatten(1, (-1, run_length(x.shape[1]))).transpose(0, 1)
+        self._add(runs.transpose(1, 2) @ runs)
+        super().update(x)
 
-    def values(self, block: int) -> ChannelStats:
-        """A block's V, [K, D]."""
-        return self.channels[f"layers.{block}.self_attn.value"]
+    def merge(self, other: Observer) -> None:
+        """Count what `other` has seen too, which began where this one ends."""
+        assert isinstance(other, LinearObserver)
+        self.kept += other.kept
+        self._add(other.gram)
+        super().merge(other)
+
+    def _add(self, gram: Tensor) -> None:
+        self.gram = self.gram + gram if self.tokens else gram
+
+    def stats(self) -> LinearStats:
+        """Of all that was seen, on the CPU."""
+        return LinearStats(
+            **vars(super().stats()),
+            gram=(self.gram / self.tokens).cpu(),
+            sample=torch.cat(self.kept),
+        )
 
 
 @dataclass(frozen=True)
@@ -174,6 +167,7 @@ def calibrate(
         samples=settings.samples,
         seqlen=settings.seqlen,
         seed=settings.seed,
+        ids=hashlib.sha256(samples.ids.numpy().tobytes()).hexdigest(),
         dtype=str(dtype).removeprefix("torch."),
     )
     return CalibrationStats(channels, info)
@@ -218,6 +212,7 @@ def observe_block(
         (observers by name in the block, batch size that fitted in memory).
     """
     total: dict[str, Observer] = {}
+    stride = sample_stride(len(hidden) * hidden[0:1].shape[1])
 
     def work(batch: slice) -> None:
         # Counted only when the whole batch is through: memory may run out in the middle of it.
@@ -226,9 +221,15 @@ def observe_block(
         def see(name: str, x: Tensor) -> None:
             seen.setdefault(name, Observer()).update(x)
 
+        def see_linear(name: str, x: Tensor) -> None:
+            name = f"{name}.input"
+            before = total[name].tokens if name in total else 0
+            seen[name] = LinearObserver(stride, before)
+            seen[name].update(x)
+
         inputs = hidden[batch]
         see("input_layernorm.input", inputs.to(model.device).flatten(0, 1))
-        with observed_inputs(block, lambda name, x: see(f"{name}.input", x)):
+        with observed_inputs(block, see_linear):
             outputs = model.run(block, inputs)
         see("post_attention_layernorm.input", model.attended().flatten(0, 1))
         keys, values = model.kv()
@@ -236,7 +237,10 @@ def observe_block(
         see("self_attn.value", values.flatten(0, 1))
         hidden[batch] = outputs
         for name, observer in seen.items():
-            total.setdefault(name, Observer()).merge(observer)
+            if name in total:
+                total[name].merge(observer)
+            else:
+                total[name] = observer
 
     size = in_batches(len(hidden), batch_size, work, note)
     return total, size
@@ -302,96 +306,3 @@ def _finite(observer: Observer, index: int, name: str, dtype: torch.dtype) -> Ch
             field="dtype",
         )
     return stats
-
-
-def save_stats(stats: CalibrationStats, path: str | Path, overwrite: bool = False) -> None:
-    """Write to `path`: under another name first, so that a file of this name is always whole.
-
-    Raises:
-        UserError: the file exists and may not be replaced, or cannot be written.
-    """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise UserError(
-            f"{path} is there already.", "Give --overwrite to replace it, or another --work-dir."
-        )
-    tensors = {
-        f"{name}.{field.name}": getattr(channel, field.name).contiguous()
-        for name, channel in stats.channels.items()
-        for field in fields(ChannelStats)
-    }
-    metadata = {"format": FORMAT, "info": json.dumps(asdict(stats.info), ensure_ascii=False)}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(save(tensors, metadata))  # save_file lets nobody but its owner read it
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
-
-
-def load_stats(path: str | Path, model_folder: str | Path | None = None) -> CalibrationStats:
-    """Read what `save_stats` wrote; `path` may be the folder that STATS_FILE lies in.
-
-    Args:
-        model_folder: the model that they must be of; None takes any.
-
-    Raises:
-        UserError: no such file, damaged, of another version, or of another model.
-    """
-    path = Path(path)
-    path = path / STATS_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"There are no calibration stats {path}.", "Run lite calibrate first.")
-    with _damage_told(path), safe_open(path, framework="pt", device="cpu") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise UserError(
-                f"{path} is no file of calibration stats, or of another version of LMDesk.",
-                "Run lite calibrate again.",
-            )
-        info = CalibrationInfo(**json.loads(metadata["info"]))
-        names = sorted({name.rpartition(".")[0] for name in file.keys()})
-        channels = {
-            name: ChannelStats(
-                **{part.name: file.get_tensor(f"{name}.{part.name}")
-                   for part in fields(ChannelStats)}
-            )
-            for name in names
-        }
-    if model_folder is not None and info.model != fingerprint(model_folder):
-        raise UserError(
-            f"The calibration stats {path} are of another model than {model_folder}.",
-            "Run lite calibrate for this model.",
-        )
-    return CalibrationStats(channels, info)
-
-
-@contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"The calibration stats {path} are damaged: {error}.", "Run lite calibrate again."
-        ) from error
-
-
-def fingerprint(folder: str | Path) -> str:
-    """Tells checkpoints apart: of config.json, and of each weight file's size and a sample of it.
-
-    Weights of tens of gigabytes are not read for it. Another name or place changes nothing.
-    """
-    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-    paths = {info.path for info in read_checkpoint(str(folder)).values()}
-    for path in sorted(paths, key=os.path.basename):
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(f"{os.path.basename(path)} {size}".encode())
-            for place in (0, size // 2, size - SAMPLED_BYTES):  # header, middle, end
-                file.seek(max(place, 0))
-                digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()

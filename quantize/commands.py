@@ -26,12 +26,14 @@ def add_commands(group: Any) -> None:
     _flag(sub, "--search-clip", True, "search how much of each group's range to cut off")
     _flag(sub, "--gptq", True, "let later columns make up for the rounding of earlier ones")
     _calibration(sub)
+    _stats(sub)
     _device(sub)
     _verdict(sub)
 
     sub = _command(group, "smooth_quant", "weights and tokens in 8 bits (W8A8)", _smooth_quant)
     _model(sub, "./NAME-w8a8")
     _calibration(sub)
+    _stats(sub)
     _device(sub)
     _verdict(sub)
 
@@ -75,21 +77,30 @@ def _model(sub: argparse.ArgumentParser, folder: str) -> None:
     _flag(sub, "--overwrite", False, "replace that folder, once the new result is complete")
 
 
+def _stats(sub: argparse.ArgumentParser) -> None:
+    text = (
+        "--work-dir of an earlier lite calibrate: quantize by its stats and run no text again; "
+        "those in --work-dir are taken if no flag asks for another calibration"
+    )
+    sub.add_argument("--stats", metavar="DIR", help=text)
+
+
 def _calibration(sub: argparse.ArgumentParser) -> None:
+    """None of them has a default here: whether one was given decides if earlier stats are taken."""
     text = (
         "bundled (default), c4, ptb, wikitext2 or pileval, or a .txt or .jsonl file or a folder "
         "of them"
     )
-    sub.add_argument("--calib-dataset", metavar="DATA", default="bundled", help=text)
+    sub.add_argument("--calib-dataset", metavar="DATA", help=text)
     text = "windows of text (default: 128)"
-    sub.add_argument("--calib-samples", type=count, default=128, help=text)
-    sub.add_argument(
-        "--calib-seqlen", type=count, default=2048, help="tokens of each (default: 2048)"
-    )
-    _flag(sub, "--strict-dataset", False, "refuse if DATA cannot be had; else bundled text is used")
+    sub.add_argument("--calib-samples", type=count, help=text)
+    text = "tokens of each (default: 2048)"
+    sub.add_argument("--calib-seqlen", type=count, help=text)
+    text = "refuse if DATA cannot be had; else bundled text is used"
+    _flag(sub, "--strict-dataset", None, text)
     text = "windows at a time (default: what memory allows)"
-    sub.add_argument("--batch-size", type=count, default=0, help=text)
-    sub.add_argument("--seed", type=int, default=0, help="of the choice of windows (default: 0)")
+    sub.add_argument("--batch-size", type=count, help=text)
+    sub.add_argument("--seed", type=int, help="of the choice of windows (default: 0)")
 
 
 def _device(sub: argparse.ArgumentParser) -> None:
@@ -107,11 +118,11 @@ def _verdict(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--eval-tokens", type=count, default=32768, metavar="TOKENS", help=text)
 
 
-def _flag(sub: argparse.ArgumentParser, name: str, default: bool, text: str) -> None:
+def _flag(sub: argparse.ArgumentParser, name: str, default: bool | None, text: str) -> None:
     """`--name` alone means true."""
     sub.add_argument(
         name, nargs="?", const=True, default=default, type=parse_bool, metavar="true|false",
-        help=f"{text} (default: {str(default).lower()})",
+        help=f"{text} (default: {str(bool(default)).lower()})",
     )
 
 

@@ -39,9 +39,9 @@ from backend.models.registry import family_of, read_config_fields, read_model_co
 from kernels.packing import pack_awq, unpack_awq
 from quantize.awq import QuantizedBlock
 from quantize.blocks import linears
-from quantize.calibrate import fingerprint
 from quantize.preflight import check_target
 from quantize.rtn import GroupFormat, GroupQuantized
+from quantize.stats import fingerprint
 
 JOB = "quantization_job.json"
 REPLACED = ".replaced"  # in the partial folder: the one that it takes the place of

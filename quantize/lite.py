@@ -8,26 +8,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from pathlib import Path
 
 import torch
 
 from backend.errors import UserError
 from backend.layers.linear import kv_heads_per_rank
 from backend.layers.parallel import ParallelContext
-from backend.models.kv_params import FILE_NAME, read_kv_params
+from backend.models.kv_params import read_kv_params, stored_params
 from backend.models.registry import read_model_config
 from backend.tokenizer import Tokenizer
+from backend.workspace.layout import tensor_para_size
 from quantize import preflight
 from quantize.auto_awq import auto_awq as quantize_awq
 from quantize.awq import SearchSettings
-from quantize.calibrate import (
-    STATS_FILE,
-    CalibrationSettings,
-    calibrate as observe_model,
-    load_stats,
-    save_stats,
-)
+from quantize.by_stats import awq_by_stats, smooth_quant_by_stats
+from quantize.calibrate import CalibrationSettings, calibrate as observe_model
 from quantize.data import Samples, load_samples
 from quantize.evaluate import (
     EvaluationSettings,
@@ -42,6 +37,24 @@ from quantize.preflight import Source
 from quantize.progress import Progress, duration
 from quantize.rtn import GroupFormat
 from quantize.smoothquant import smooth_quant as quantize_int8
+from quantize.stages import peak_memory
+from quantize.stats import (
+    STATS_FILE,
+    CalibrationStats,
+    load_stats,
+    save_stats,
+    stats_bytes,
+)
+
+# What each is called in CalibrationSettings; none has a value unless it was given.
+CALIBRATION_FLAGS = {
+    "calib_dataset": "dataset",
+    "calib_samples": "samples",
+    "calib_seqlen": "seqlen",
+    "strict_dataset": "strict",
+    "batch_size": "batch_size",
+    "seed": "seed",
+}
 
 Command = Callable[[argparse.Namespace, Progress], int]
 
@@ -80,18 +93,19 @@ def calibrate(args: argparse.Namespace, progress: Progress) -> int:
     source = preflight.check_source(args.model)
     # Other files in that folder are left alone.
     preflight.check_target(folder, args.model, overwrite=True)
-    _check_memory(args, source)
-    preflight.check_finite(source, progress)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, args.model)
     settings = calibration_settings(args)
+    preflight.check_space(folder, stats_bytes(source.config, dtype.itemsize))
+    _check_memory(device, source, settings)
+    preflight.check_finite(source, progress)
     # Beside the result: the system's folder for temporary files may be memory itself.
     beside = os.path.dirname(os.path.abspath(folder))
     stats = observe_model(args.model, settings, device, dtype, progress, beside)
     save_stats(stats, path, args.overwrite)
     progress.result(
         {"path": path, "note": stats.info.note, "seconds": progress.elapsed()},
-        f"{path}: {args.calib_samples} windows of {args.calib_seqlen} tokens in "
+        f"{path}: {settings.samples} windows of {settings.seqlen} tokens in "
         f"{duration(progress.elapsed())}. {stats.info.note}",
     )
     return 0
@@ -105,23 +119,29 @@ def auto_awq(args: argparse.Namespace, progress: Progress) -> int:
     preflight.check_group_size(source, args.w_group_size)
     # Each group has a scale of 16 bits and a zero of 4.
     bits = args.w_bits + (16 + 4) / args.w_group_size
-    device, dtype, samples = _prepare(args, source, target, bits, progress)
-    writer = quantize_awq(
-        args.model,
-        target,
-        samples,
-        SearchSettings(
-            GroupFormat(args.w_bits, args.w_group_size, args.w_sym),
-            scale=args.search_scale,
-            clip=args.search_clip,
-            compensate=args.gptq,
-        ),
-        device,
-        dtype,
-        progress,
-        batch_size=args.batch_size,
-        overwrite=args.overwrite,
+    device, dtype, given = _prepare(args, source, target, bits, progress)
+    settings = SearchSettings(
+        GroupFormat(args.w_bits, args.w_group_size, args.w_sym),
+        scale=args.search_scale,
+        clip=args.search_clip,
+        compensate=args.gptq,
     )
+    if isinstance(given, CalibrationStats):
+        writer = awq_by_stats(
+            args.model, target, given, settings, device, dtype, progress, overwrite=args.overwrite
+        )
+    else:
+        writer = quantize_awq(
+            args.model,
+            target,
+            given,
+            settings,
+            device,
+            dtype,
+            progress,
+            batch_size=calibration_settings(args).batch_size,
+            overwrite=args.overwrite,
+        )
     return judge_and_publish(writer, args, progress)
 
 
@@ -130,17 +150,22 @@ def smooth_quant(args: argparse.Namespace, progress: Progress) -> int:
     """A checkpoint with 8-bit weights; exit code 1 if its verdict is that it failed."""
     target = target_folder(args, "w8a8")
     source = preflight.check_source(args.model)
-    device, dtype, samples = _prepare(args, source, target, 8, progress)
-    writer = quantize_int8(
-        args.model,
-        target,
-        samples,
-        device,
-        dtype,
-        progress,
-        batch_size=args.batch_size,
-        overwrite=args.overwrite,
-    )
+    device, dtype, given = _prepare(args, source, target, 8, progress)
+    if isinstance(given, CalibrationStats):
+        writer = smooth_quant_by_stats(
+            args.model, target, given, device, dtype, progress, overwrite=args.overwrite
+        )
+    else:
+        writer = quantize_int8(
+            args.model,
+            target,
+            given,
+            device,
+            dtype,
+            progress,
+            batch_size=calibration_settings(args).batch_size,
+            overwrite=args.overwrite,
+        )
     return judge_and_publish(writer, args, progress)
 
 
@@ -151,7 +176,8 @@ def judge_and_publish(
     seconds = progress.elapsed()
     # Not --dtype: what a job may compute in, a 4-bit model may not (float32 on a GPU).
     settings = replace(evaluation_settings(args), dtype="auto")
-    verdict = evaluate_model(str(writer.folder), args.model, settings, progress)
+    with progress.times("verdict"):
+        verdict = evaluate_model(str(writer.folder), args.model, settings, progress)
     name = writer.target.name if verdict.passed else free_name(f"{writer.target}.failed")
     folder = str(writer.target.with_name(name))
     verdict = replace(
@@ -159,9 +185,11 @@ def judge_and_publish(
         model=replace(verdict.model, model=folder),
         notes=tuple(progress.notes),
         job_seconds=seconds,
+        stages=progress.times.seconds(),
+        peak_memory=peak_memory(),
     )
     verdict.write(str(writer.folder))
-    if holds_stats_only(str(writer.target)):
+    if (writer.target / STATS_FILE).is_file():  # it goes, and they would with it
         shutil.copyfile(writer.target / STATS_FILE, writer.folder / STATS_FILE)
     writer.publish(name)
     progress.result(
@@ -195,9 +223,9 @@ def kv_qparams(args: argparse.Namespace, progress: Progress) -> int:
             "Run lite calibrate for this model, or for the one that it was quantized from.",
         )
     kv_heads_per_rank(config.num_kv_heads, ParallelContext(0, args.num_tp))  # or it tells
-    path = Path(args.model) / FILE_NAME
-    if path.exists() and not args.overwrite:
-        raise UserError(f"{path} is there already.", "Give --overwrite to replace it.")
+    stored = stored_params(args.model)
+    if stored is not None and not args.overwrite:
+        raise UserError(f"{stored} is there already.", "Give --overwrite to replace it.")
     layers = range(stats.info.num_blocks)
     keys = [(stats.keys(i).min, stats.keys(i).max) for i in layers]
     values = [(stats.values(i).min, stats.values(i).max) for i in layers]
@@ -205,13 +233,18 @@ def kv_qparams(args: argparse.Namespace, progress: Progress) -> int:
         torch.stack([head_params(*part, args.kv_sym) for part in pair])
         for pair in zip(keys, values)
     ])
-    verdict = evaluate_model(
-        args.model, args.model, evaluation_settings(args), progress, KVFormat(args.kv_bits, params)
-    )
-    verdict = replace(verdict, notes=(stats.info.note,), job_seconds=progress.elapsed())
-    if not verdict.passed:
-        progress.result({"verdict": verdict.as_dict()}, f"{verdict.table()}\nNothing was written.")
-        return 1
+    verdict = None
+    ranks = tensor_para_size(args.model)
+    if ranks == 1:
+        verdict = evaluate_model(
+            args.model, args.model, evaluation_settings(args), progress,
+            KVFormat(args.kv_bits, params),
+        )  # fmt: skip
+        verdict = replace(verdict, notes=(stats.info.note,), job_seconds=progress.elapsed())
+        if not verdict.passed:
+            text = f"{verdict.table()}\nNothing was written."
+            progress.result({"verdict": verdict.as_dict()}, text)
+            return 1
     path = write_kv_qparams(
         args.model,
         keys,
@@ -220,9 +253,12 @@ def kv_qparams(args: argparse.Namespace, progress: Progress) -> int:
         num_tp=args.num_tp,
         overwrite=args.overwrite,
     )
+    judged = f"Not judged, because the weights are parted for tp {ranks}."
+    if verdict is not None:
+        judged = verdict.table()
     progress.result(
-        {"path": str(path), "verdict": verdict.as_dict()},
-        f"{verdict.table()}\n{path}: used by --quant-policy 8 from now on.",
+        {"path": str(path), "verdict": None if verdict is None else verdict.as_dict()},
+        f"{judged}\n{path}: used by --quant-policy 8 from now on.",
     )
     return 0
 
@@ -247,14 +283,28 @@ def target_folder(args: argparse.Namespace, suffix: str) -> str:
 
 def calibration_settings(args: argparse.Namespace) -> CalibrationSettings:
     """What the flags say of the text to calibrate on."""
-    return CalibrationSettings(
-        dataset=args.calib_dataset,
-        samples=args.calib_samples,
-        seqlen=args.calib_seqlen,
-        seed=args.seed,
-        strict=args.strict_dataset,
-        batch_size=args.batch_size,
-    )
+    given = {field: getattr(args, flag) for flag, field in CALIBRATION_FLAGS.items()}
+    return replace(CalibrationSettings(), **{k: v for k, v in given.items() if v is not None})
+
+
+def earlier_stats(args: argparse.Namespace, target: str) -> CalibrationStats | None:
+    """Those of --stats; or those in --work-dir, if no flag asks for a calibration of its own.
+
+    Raises:
+        UserError: there are none in --stats, they are of another model, or a flag contradicts.
+    """
+    asked = [flag for flag in CALIBRATION_FLAGS if getattr(args, flag) is not None]
+    if args.stats is None:
+        there = os.path.isfile(os.path.join(target, STATS_FILE))
+        return load_stats(target, args.model) if there and not asked else None
+    if asked:
+        raise UserError(
+            f"--{asked[0].replace('_', '-')} is for a new calibration, and --stats takes an "
+            "earlier one.",
+            "Leave out one of them.",
+            field=asked[0],
+        )
+    return load_stats(os.path.expanduser(args.stats), args.model)
 
 
 def evaluation_settings(args: argparse.Namespace) -> EvaluationSettings:
@@ -270,28 +320,43 @@ def evaluation_settings(args: argparse.Namespace) -> EvaluationSettings:
 
 def _prepare(
     args: argparse.Namespace, source: Source, target: str, bits: float, progress: Progress
-) -> tuple[torch.device, torch.dtype, Samples]:
-    """All that is checked before work on a checkpoint of `bits` a weight, and its text."""
+) -> tuple[torch.device, torch.dtype, Samples | CalibrationStats]:
+    """All that is checked before work on a checkpoint of `bits` a weight, and what it is made by:
+    text to calibrate on, or an earlier calibration."""
+    stats = earlier_stats(args, target)
     if holds_stats_only(target):
         args.overwrite = True  # nothing is lost: `judge_and_publish` takes them along
     preflight.check_target(target, args.model, args.overwrite)
     preflight.check_space(target, source.bytes_of(bits))
-    _check_memory(args, source)
-    samples = load_samples(
-        args.calib_dataset,
-        Tokenizer.from_folder(args.model),
-        args.calib_samples,
-        args.calib_seqlen,
-        seed=args.seed,
-        strict=args.strict_dataset,
-    )
-    progress.note(samples.note)
-    preflight.check_finite(source, progress)
     device = pick_device(args.device)
-    return device, pick_dtype(args.dtype, device, args.model), samples
+    dtype = pick_dtype(args.dtype, device, args.model)
+    if stats is not None:
+        info = stats.info
+        progress.note(
+            f"{info.note} By the stats of that calibration ({info.samples} windows of "
+            f"{info.seqlen} tokens); no text is run again."
+        )
+        preflight.check_memory(device, preflight.memory_needed(source.config, 0))
+        preflight.check_finite(source, progress)
+        return device, dtype, stats
+    settings = calibration_settings(args)
+    _check_memory(device, source, settings)
+    with progress.times("calibration text"):
+        samples = load_samples(
+            settings.dataset,
+            Tokenizer.from_folder(args.model),
+            settings.samples,
+            settings.seqlen,
+            seed=settings.seed,
+            strict=settings.strict,
+        )
+    progress.note(samples.note)
+    with progress.times("check weights"):
+        preflight.check_finite(source, progress)
+    return device, dtype, samples
 
 
-def _check_memory(args: argparse.Namespace, source: Source) -> None:
+def _check_memory(device: torch.device, source: Source, settings: CalibrationSettings) -> None:
     """One block has to fit, with one window of tokens: batches shrink by themselves."""
-    needed = preflight.memory_needed(source.config, max(args.batch_size, 1) * args.calib_seqlen)
-    preflight.check_memory(pick_device(args.device), needed)
+    tokens = max(settings.batch_size, 1) * settings.seqlen
+    preflight.check_memory(device, preflight.memory_needed(source.config, tokens))

@@ -28,12 +28,10 @@ from quantize.calibrate import embed_samples
 from quantize.data import Samples
 from quantize.export import CheckpointWriter, stored_parts
 from quantize.progress import Progress
+from quantize.stats import LinearStats, sample_stride
 
 QUANTIZATION_CONFIG = {"quant_method": "smooth_quant", "quant_dtype": "int8"}
 STEPS = 20  # of the strength, from 0 to 1
-# Tokens that a strength is judged by. On the bundled model 4096 choose the same strengths or their
-# neighbours, in six times the time.
-TOKENS = 512
 ROWS = 8192  # of a matrix rounded at a time
 
 
@@ -61,7 +59,7 @@ class InputSample:
 
     Args:
         in_features: of the linear.
-        total: tokens that will be seen; about TOKENS of them are kept, evenly spread.
+        total: tokens that will be seen; about SAMPLED_TOKENS of them are kept, evenly spread.
 
     Attributes:
         absmax: float32 [K], of all tokens seen.
@@ -69,15 +67,23 @@ class InputSample:
 
     def __init__(self, in_features: int, total: int, device: torch.device) -> None:
         self.absmax = torch.zeros(in_features, device=device)
-        # Odd, so that not every sequence gives the same places: most lengths are even.
-        self._stride = max(1, total // TOKENS) | 1
+        self._stride = sample_stride(total)
         self._seen = 0
         self._kept: list[Tensor] = []
+
+    @classmethod
+    def of_stats(cls, stats: LinearStats, device: torch.device) -> InputSample:
+        """What an earlier calibration kept."""
+        sample = cls(len(stats.absmax), len(stats.sample), device)
+        sample.absmax = stats.absmax.to(device)
+        sample._kept = [stats.sample.to(device, torch.float32)]
+        return sample
 
     def add(self, x: Tensor) -> None:
         """x [T, K] of any float dtype."""
         self.absmax = torch.maximum(self.absmax, x.abs().amax(0).float())
-        self._kept.append(x[-self._seen % self._stride :: self._stride].float())
+        kept = x[-self._seen % self._stride :: self._stride]
+        self._kept.append(kept.to(torch.float32, copy=True))  # a view would keep all of x
         self._seen += x.shape[0]
 
     @property

@@ -12,20 +12,28 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from backend.errors import UserError
-from quantize import calibrate as module
+from backend.models.registry import read_model_config
+from quantize import calibrate as module, stats as stats_module
 from quantize.blocks import BlockModel
 from quantize.calibrate import (
     CalibrationSettings,
-    ChannelStats,
+    LinearObserver,
     Observer,
     calibrate,
     embed_samples,
-    fingerprint,
-    load_stats,
     observe,
-    save_stats,
 )
 from quantize.progress import Progress
+from quantize.stats import (
+    ChannelStats,
+    LinearStats,
+    fingerprint,
+    load_stats,
+    run_length,
+    sample_stride,
+    save_stats,
+    stats_bytes,
+)
 from tests.parity.test_logits import CPU, ids_of
 from tests.tiny_model import FAMILIES, make_checkpoint
 
@@ -138,6 +146,26 @@ def test_observer_of_16_bit_numbers_sums_in_32():
         torch.testing.assert_close(ours, getattr(expected_stats(x.float()), field.name))
 
 
+@pytest.mark.parametrize("channels, run", [(256, 128), (192, 64), (96, 32), (40, 1)])
+def test_products_of_near_channels_and_a_sample_of_tokens(channels, run):
+    x = torch.randn(3000, channels, generator=torch.Generator().manual_seed(0))
+    stride = sample_stride(len(x))
+    whole = LinearObserver(stride)
+    for part in x.split(700):  # as batches are counted
+        observer = LinearObserver(stride, whole.tokens)
+        for piece in part.split(300):
+            observer.update(piece)
+        whole.merge(observer)
+    stats = whole.stats()
+    assert run_length(channels) == run and stats.gram.shape == (channels // run, run, run)
+    gram = x.t() @ x / len(x)
+    for index, block in enumerate(stats.gram):
+        near = slice(index * run, (index + 1) * run)
+        torch.testing.assert_close(block, gram[near, near], atol=1e-5, rtol=1e-4)
+    assert torch.equal(stats.sample, x[::stride]) and 400 < len(stats.sample) <= 600
+    torch.testing.assert_close(stats.absmean, x.abs().mean(0))
+
+
 @pytest.fixture(scope="module")
 def demo_stats():
     settings = CalibrationSettings("c4", samples=4, seqlen=64, seed=3)
@@ -145,7 +173,7 @@ def demo_stats():
 
 
 def test_the_whole_job_and_its_file(demo_stats, tmp_path, monkeypatch):
-    path = tmp_path / "work" / module.STATS_FILE
+    path = tmp_path / "work" / stats_module.STATS_FILE
     save_stats(demo_stats, path)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     read = load_stats(path.parent, DEMO)
@@ -153,6 +181,12 @@ def test_the_whole_job_and_its_file(demo_stats, tmp_path, monkeypatch):
     assert (read.info.dataset, read.info.samples, read.info.num_blocks) == ("bundled", 4, 5)
     assert read.info.note.startswith("c4 cannot be had here")
     assert_same(read.channels, demo_stats.channels)
+    linear, made = read.linear(4, "mlp.down_proj"), demo_stats.linear(4, "mlp.down_proj")
+    assert torch.equal(linear.gram, made.gram) and torch.equal(linear.sample, made.sample)
+    assert isinstance(linear, LinearStats) and not isinstance(read.keys(0), LinearStats)
+    tokens = len(linear.sample) / 512  # few windows have fewer than are kept
+    bound = stats_bytes(read_model_config(str(DEMO)), linear.sample.element_size())
+    assert bound * tokens < path.stat().st_size < bound * 1.05
     assert read.input(4, "mlp.down_proj").absmax.ndim == 1
     assert read.keys(0).min.shape == read.values(4).max.shape
     assert (read.keys(0).min <= read.keys(0).max).all()
@@ -162,7 +196,7 @@ def test_the_whole_job_and_its_file(demo_stats, tmp_path, monkeypatch):
 
 
 def test_a_kill_while_writing_leaves_no_file_of_that_name(demo_stats, tmp_path, monkeypatch):
-    path = tmp_path / module.STATS_FILE
+    path = tmp_path / stats_module.STATS_FILE
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -178,7 +212,7 @@ def test_a_kill_while_writing_leaves_no_file_of_that_name(demo_stats, tmp_path, 
 
 
 def test_stats_of_another_model_or_no_stats(demo_stats, tmp_path):
-    path = tmp_path / module.STATS_FILE
+    path = tmp_path / stats_module.STATS_FILE
     other = tmp_path / "other"
     make_checkpoint(other, "llama")
     save_stats(demo_stats, path)

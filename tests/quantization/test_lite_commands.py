@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import app
 from backend.errors import UserError
 from quantize import data
+from quantize.lite import calibration_settings
 from tests.tiny_model import make_checkpoint
 from tests.unit.test_awq import edit_config, quantize_checkpoint
 
@@ -82,7 +83,8 @@ def test_flags_are_those_of_the_tutorials():
     args = app.parse("lite kv_qparams W M --kv-sym True --num-tp 2 --kv-bits 8".split())
     assert (args.stats, args.model, args.kv_sym, args.num_tp) == ("W", "M", True, 2)
     args = app.parse("lite smooth_quant M --work-dir W".split())
-    assert (args.calib_samples, args.calib_seqlen, args.calib_dataset) == (128, 2048, "bundled")
+    settings = calibration_settings(args)
+    assert (settings.samples, settings.seqlen, settings.dataset) == (128, 2048, "bundled")
     args = app.parse("lite calibrate M ".split())
     assert args.progress == "text" and not args.overwrite
 
@@ -279,6 +281,29 @@ def test_one_folder_for_calibrate_and_auto_awq(here, tiny, threshold, name):
         assert stats.items() <= bytes_of(here / folder).items()
     assert (here / name / "verdict.json").exists()
     assert sorted(path.name for path in here.iterdir()) == sorted({"work", name})
+
+
+def test_the_tutorials_sequence_takes_the_stats_of_calibrate(here, tiny, capfd, refused):
+    """`auto_awq` in the folder of `calibrate`, and no flag that asks for another calibration."""
+    assert app.main(["lite", "calibrate", str(tiny), *SMALL, "--work_dir", "work"]) == 0
+    stats = bytes_of(here / "work")
+    argv = ["lite", "auto_awq", str(tiny), "--w_bits", "4", "--w_group_size", "128"]
+    argv += ["--work_dir", "work", "--device", "cpu", "--threshold", "100", *JUDGED]
+    assert app.main(argv) == 0
+    assert "By the stats of that calibration (4 windows of 64 tokens)" in capfd.readouterr().out
+    assert stats.items() <= bytes_of(here / "work").items()
+    job = json.loads((here / "work" / "quantization_job.json").read_text())
+    assert job["stats"]["samples"] == 4 and len(job["losses"]) == 2
+    assert [path.name for path in here.iterdir()] == ["work"]
+
+    argv = ["smooth_quant", str(tiny), "--stats", "work", "--device", "cpu"]
+    said = refused(*argv, "--calib-samples", "4")
+    assert "--calib-samples is for a new calibration" in said
+    assert "of another model" in refused("smooth_quant", DEMO, "--stats", "work")
+    assert "Run lite calibrate first" in refused("auto_awq", str(tiny), "--stats", "nowhere")
+    assert app.main(["lite", *argv, "--threshold", "100", *JUDGED]) == 0
+    assert "no text is run again" in capfd.readouterr().out
+    assert sorted(path.name for path in here.iterdir()) == ["tiny-w8a8", "work"]
 
 
 def test_a_quantized_kv_cache_is_measured(here, capfd):
