@@ -43,7 +43,9 @@ def option(
 class EngineConfig:
     """How a model is loaded and run. Fixed for the life of an engine."""
 
-    model: str = option("", "folder of the model, in Hugging Face layout", positional=True)
+    model: str = option(
+        "", "folder of the model, in Hugging Face layout, or of a workspace", positional=True
+    )
     dtype: str = option(
         "auto",
         "number format of weights and activations; auto takes the checkpoint's on a GPU, and on "

@@ -16,6 +16,7 @@ from backend.engine.inline import ThreadHandle
 from backend.engine.types import Request
 from backend.engine.worker import build_engine
 from backend.errors import UserError
+from backend.layers.methods.smoothquant import SmoothQuantMethod
 from backend.layers.parallel import ParallelContext
 from backend.models.checkpoint import read_checkpoint
 from backend.models.kv_params import read_kv_params, stored_params
@@ -29,6 +30,7 @@ from backend.workspace.settings import engine_options
 from quantize.kv_qparams import write_kv_qparams
 from quantize.preflight import check_source
 from tests.family_layouts import FAMILIES as LAYOUTS, make_family
+from tests.parity.test_smoothquant import quantized
 from tests.tiny_model import FAMILIES, make_checkpoint
 from tests.unit.test_awq import WHOLE, quantize_checkpoint
 
@@ -108,6 +110,23 @@ def test_4_bit_weights(tmp_path, keep, tp):
     text = (workspace / CONFIG_INI).read_text()
     assert "weight_type = int4\n" in text and "group_size = 32\n" in text
     assert "attn_bias = 1\n" in text and f"tensor_para_size = {tp}\n" in text
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_8_bit_weights_and_biases_everywhere(tmp_path, tp, monkeypatch):
+    biases = dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True)
+    make_checkpoint(tmp_path / "float", "llama", **biases)
+    check_same(tmp_path / "float", tp)
+    made = quantized(tmp_path / "float", tmp_path / "int8")
+    workspace = convert("tiny", made, tmp_path / "made", tp=tp)
+    names = {"layers.0.attention.w_qkv.0.scale", f"layers.1.feed_forward.w3.{tp - 1}.bias"}
+    assert names <= set(read_checkpoint(str(workspace)))
+    assert "weight_type = int8\n" in (workspace / CONFIG_INI).read_text()
+    # As loaded: a CPU's own layout cannot be compared.
+    monkeypatch.setattr(SmoothQuantMethod, "process_weights_after_loading", lambda *_: None)
+    for rank in range(tp):
+        expected, found = (weights(folder, rank, tp) for folder in (made, workspace))
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_tensors_have_the_tutorials_names(source):
