@@ -197,8 +197,9 @@ class _Fetcher:
     def publish(self, manifest: Manifest) -> None:
         """Give the folder its name. A former version goes on being read by who has it open."""
         shutil.rmtree(self.draft / ".parts")
-        manifest.write(self.draft)
         _delete_others(self.draft, manifest)
+        self.take_along(manifest)
+        manifest.write(self.draft)
         for folder in (self.draft, *filter(Path.is_dir, self.draft.rglob("*"))):
             _sync(folder)
         if self.target.is_dir():
@@ -206,6 +207,24 @@ class _Fetcher:
         self.draft.rename(self.target)
         _sync(self.target.parent)
         shutil.rmtree(previous_of(self.target), ignore_errors=True)
+
+
+    def take_along(self, manifest: Manifest) -> None:
+        """What else the target holds: files that people put there, and, if it is this same
+        version, those that an earlier download with other patterns fetched."""
+        before = Manifest.read(self.target)
+        if before is None:
+            return
+        same = before.commit == manifest.commit != ""
+        for path in self.target.rglob("*"):
+            name = path.relative_to(self.target).as_posix()
+            own = name not in before.listed
+            if path.is_dir() or name == MANIFEST or name in manifest.files or not (own or same):
+                continue
+            (self.draft / name).parent.mkdir(parents=True, exist_ok=True)
+            _copy(path, self.draft / name)
+            if name in before.files:
+                manifest.files[name] = before.files[name]
 
 
 class _Digest:

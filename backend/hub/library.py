@@ -47,7 +47,8 @@ class Manifest:
     """What a folder holds; kept in it as `.download.json`. Fields as those of `Plan`.
 
     Attributes:
-        whole: none of its files has gone or changed its size since.
+        files: those that are there, of the size they had.
+        listed: names of all that were there once.
     """
 
     id: str
@@ -56,29 +57,32 @@ class Manifest:
     revision: str
     commit: str
     files: dict[str, Entry] = field(default_factory=dict)
-    whole: bool = True
+    listed: frozenset[str] = frozenset()
+
+    @property
+    def whole(self) -> bool:
+        """Whether none of its files has gone or changed its size since."""
+        return len(self.files) == len(self.listed) > 0
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """The folder's manifest; None if it has none, or one that cannot be used. Files that are
-        no longer there, or of another size, are left out."""
+        """The folder's manifest; None if it has none, or one that cannot be used."""
         try:
             data = read_json(folder / MANIFEST)
             files = {path: Entry(**entry) for path, entry in data.pop("files").items()}
-            manifest = cls(**data)
+            manifest = cls(**data, listed=frozenset(files))
         except (UserError, KeyError, TypeError, AttributeError):
             return None
         for path, entry in files.items():
             with contextlib.suppress(OSError):
                 if (folder / path).stat().st_size == entry.size:
                     manifest.files[path] = entry
-        manifest.whole = len(manifest.files) == len(files) > 0
         return manifest
 
     def write(self, folder: Path) -> None:
         """Store it, at once or not at all."""
         data = asdict(self)
-        del data["whole"]  # is found out by whoever reads it
+        del data["listed"]
         draft = folder / (MANIFEST + ".new")
         with open(draft, "w", encoding="utf-8") as file:
             json.dump(data, file, indent=1)

@@ -3,70 +3,32 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
 from backend.errors import UserError
-from backend.hub.errors import BusyError, DamagedError, DownloadStopped, NoSpaceError, OfflineError
+from backend.hub.errors import BusyError, DamagedError, NoSpaceError, OfflineError
 from backend.hub.fetch import fetch
-from backend.hub.library import discard, downloads, draft_of, find, locked, previous_of, target_of
+from backend.hub.library import discard, downloads, draft_of, find, locked, target_of
 from backend.hub.plan import Hub, make_plan, part_of
 from tests.app_process import ROOT, until
-from tests.hub.conftest import CHOSEN, ID, WEIGHTS
+from tests.hub.conftest import (
+    BIG,
+    CHOSEN,
+    ID,
+    WEIGHTS,
+    Pauses,
+    contents,
+    stop_midway,
+    wanted,
+)
 from tests.stand_in import send
-
-BIG = "model.safetensors"
-
-
-class Pauses(list):
-    """Waits for nothing, and remembers for how long it would have."""
-
-    def __call__(self, seconds: float) -> bool:
-        self.append(seconds)
-        return False
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in folder.rglob("*") if path.is_file() and path.name != ".download.json"}
-
-
-def wanted(repository: Path) -> dict[str, bytes]:
-    return {name: (repository / name).read_bytes() for name in CHOSEN}
-
-
-def stop_midway(stand_in, hub, plan) -> Path:
-    """Begin to fetch, and stop inside the weights; returns the part."""
-    stand_in.bytes_per_s = 4_000_000
-    cancel = threading.Event()
-
-    def report(progress):
-        if progress.file == BIG and progress.done > 100_000:
-            cancel.set()
-
-    with pytest.raises(DownloadStopped, match="same command goes on"):
-        fetch(hub, plan, report, cancel, clock=itertools.count().__next__)  # reports every piece
-    stand_in.bytes_per_s = 0
-    big = next(planned.file for planned in plan.files if planned.file.path == BIG)
-    return part_of(plan.target, big)
-
-
-@pytest.fixture
-def hub(stand_in) -> Hub:
-    return Hub("huggingface", stand_in.url)
-
-
-@pytest.fixture
-def plan(hub):
-    return make_plan(hub, ID)
 
 
 @pytest.mark.parametrize("source", ["huggingface", "mirror", "modelscope"])
@@ -264,57 +226,6 @@ def test_ranges_that_were_not_asked_for(stand_in, hub, plan, span):
                                                  **headers)
     with pytest.raises(DamagedError, match="not the one asked for"):
         fetch(hub, plan, pause=Pauses())
-
-
-def test_an_update_fetches_what_changed(stand_in, repository, hub, plan):
-    folder = fetch(hub, plan)
-    (repository / "config.json").write_bytes(b'{"model_type": "qwen2"}')
-    (repository / "README.md").unlink()
-    (repository / "merges.txt").write_bytes(b"a b\n")
-    stand_in.seen.clear()
-    with open(folder / "config.json", "rb") as before:  # a server that has it open
-        assert fetch(hub, make_plan(hub, ID)) == folder
-        assert b"llama" in before.read()
-    assert contents(folder) == {name: (repository / name).read_bytes()
-                                for name in ("config.json", "merges.txt", BIG, "tokenizer.json")}
-    assert not stand_in.fetched(BIG) and stand_in.fetched("config.json")
-    assert sorted(path.name for path in folder.parent.iterdir()) == [
-        ".tiny-model.lock", "tiny-model"]
-
-
-def test_files_of_a_version_given_up_do_not_stay(stand_in, repository, hub, plan):
-    stop_midway(stand_in, hub, plan)
-    (repository / "README.md").unlink()
-    (repository / BIG).write_bytes(b"another")
-    folder = fetch(hub, make_plan(hub, ID))
-    assert set(contents(folder)) == {"config.json", BIG, "tokenizer.json"}
-
-
-def test_a_kill_between_two_renames_loses_nothing(stand_in, repository, hub, plan):
-    folder = fetch(hub, plan)
-    folder.rename(previous_of(folder))
-    stand_in.seen.clear()
-    assert fetch(hub, plan) == folder
-    assert contents(folder) == wanted(repository) and not stand_in.seen
-
-
-def test_files_lost_or_shortened_afterwards_are_fetched_again(stand_in, repository, hub, plan):
-    folder = fetch(hub, plan)
-    (folder / "tokenizer.json").unlink()
-    (folder / "config.json").write_bytes(b"{")
-    assert find(ID) is None and not downloads()
-    stand_in.seen.clear()
-    assert contents(fetch(hub, make_plan(hub, ID))) == wanted(repository)
-    assert not stand_in.fetched(BIG)
-
-
-@pytest.mark.parametrize("manifest", ["", "[]", "{", '{"files": {"a": 1}}', '{"files": []}'])
-def test_a_manifest_that_is_none_counts_as_none(stand_in, hub, plan, manifest):
-    folder = fetch(hub, plan)
-    (folder / ".download.json").write_text(manifest)
-    assert find(ID) is None and not downloads()
-    with pytest.raises(UserError, match="is there already, and is no download"):
-        make_plan(hub, ID)
 
 
 def test_one_process_at_a_time(hub, plan):
