@@ -177,7 +177,7 @@ def linear_method(
     if quantization is None:
         return UnquantizedMethod()
     if quantization.method == "smooth_quant":
-        return SmoothQuantMethod()
+        return SmoothQuantMethod(quantization.not_converted)
     on_cpu = device.type == "cpu"
     has_kernel = device.type == "meta" or (on_cpu and cpu_has_w4(dtype)) or (
         device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -298,6 +298,7 @@ def _fill_from(path: str, parts: list[tuple[TensorInfo, WeightSlot]], bar: tqdm)
         ThreadPoolExecutor(4, initializer=torch.cuda.set_device, initargs=(device,)) as readers,
     ):
 
+        @torch.inference_mode()  # which a thread does not inherit: the model may be made in it
         def read(part: tuple[TensorInfo, WeightSlot]) -> Tensor | None:
             info, slot = part
             slot.destination.copy_(read_tensor(file, info, slot.source))

@@ -18,6 +18,7 @@ from backend.layers.rotary import RopeParameters, check_rope
 from backend.workspace.layout import text_folder
 
 MAX_CONFIG_BYTES = 16 << 20
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
@@ -284,8 +285,9 @@ def parse_quantization(fields: ConfigFields) -> QuantizationConfig | None:
     Raises:
         UserError: naming the method or the setting that is not supported.
     """
-    section = fields.section("quantization_config") or fields.section("compression_config")
-    if section is None or not section.raw:
+    sections = (fields.section(key) for key in QUANTIZATION_KEYS)
+    section = next((found for found in sections if found is not None and found.raw), None)
+    if section is None:
         return None
 
     def refuse(what: str) -> UserError:
@@ -296,12 +298,17 @@ def parse_quantization(fields: ConfigFields) -> QuantizationConfig | None:
             "model's float16 or bfloat16 checkpoint.",
         )
 
+    names = section.raw.get("modules_to_not_convert") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise UserError(
+            f"{section.where}: modules_to_not_convert must be a list of names, not {names!r:.80}."
+        )
     method = section.text("quant_method").lower()
     if method == "smooth_quant":
         number = section.text("quant_dtype", "int8").lower()
         if number != "int8":
             raise refuse(f"quant_dtype {number!r:.40}")
-        return QuantizationConfig(method, 0)
+        return QuantizationConfig(method, 0, tuple(names))
     if method != "awq":
         raise refuse(f"the method {method!r:.40}")
     bits = section.integer("bits", low=1, high=64)
@@ -318,11 +325,6 @@ def parse_quantization(fields: ConfigFields) -> QuantizationConfig | None:
         raise refuse(f"version {version!r:.40}")
     if not section.boolean("zero_point", True):
         raise refuse("zero_point false")
-    names = section.raw.get("modules_to_not_convert") or []
-    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise UserError(
-            f"{section.where}: modules_to_not_convert must be a list of names, not {names!r:.80}."
-        )
     return QuantizationConfig(method, group_size, tuple(names))
 
 

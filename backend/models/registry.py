@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from backend.errors import UserError
 from backend.models.baichuan import BaiChuanForCausalLM, BaichuanForCausalLM
+from backend.models.checkpoint import read_checkpoint
 from backend.models.decoder import Decoder
 from backend.models.internlm import InternLMForCausalLM
 from backend.models.internlm2 import InternLM2ForCausalLM
 from backend.models.internlm3 import InternLM3ForCausalLM
 from backend.models.llama import LlamaForCausalLM
 from backend.models.mistral import MistralForCausalLM
-from backend.models.model_config import ConfigFields, ModelConfig, parse_common, read_config_fields
+from backend.models.model_config import (
+    QUANTIZATION_KEYS,
+    ConfigFields,
+    ModelConfig,
+    parse_common,
+    read_config_fields,
+)
 from backend.models.qwen import QWenLMHeadModel
 from backend.models.qwen2 import Qwen2ForCausalLM
 from backend.models.qwen3 import Qwen3ForCausalLM
@@ -94,4 +102,28 @@ def read_model_config(folder: str) -> ModelConfig:
     Raises:
         UserError: if the folder is no model's, or the model is not supported.
     """
-    return parse_config(read_config_fields(folder))
+    fields = read_config_fields(folder)
+    if not any(fields.raw.get(key) for key in QUANTIZATION_KEYS):
+        found = quantization_of(folder)
+        if found is not None:
+            fields = ConfigFields({**fields.raw, QUANTIZATION_KEYS[0]: found}, fields.where)
+    return parse_config(fields)
+
+
+def quantization_of(folder: str) -> dict[str, Any] | None:
+    """A `quantization_config` by the tensors alone: LMDeploy 0.2 wrote none, only such tensors."""
+    try:
+        tensors = read_checkpoint(folder)
+    except UserError:
+        return None  # told when the weights are wanted
+    for name, info in tensors.items():
+        prefix, _, kind = name.rpartition(".")
+        if kind == "weight" and info.dtype == "I8" and f"{prefix}.scale" in tensors:
+            return {"quant_method": "smooth_quant"}
+        scales = tensors.get(f"{prefix}.scales")
+        if kind != "qweight" or scales is None or not len(info.shape) == len(scales.shape) == 2:
+            continue
+        (inputs, words), (groups, outputs) = info.shape, scales.shape
+        if groups and inputs % groups == 0 and outputs == 8 * words:  # GPTQ packs the inputs
+            return {"quant_method": "awq", "bits": 4, "group_size": inputs // groups}
+    return None

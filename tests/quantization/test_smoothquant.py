@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from backend.errors import UserError
+from backend.layers.parallel import ParallelContext
 from backend.models.decoder import DecoderLayer
+from backend.models.loader import load_model
 from backend.models.registry import read_model_config
 from backend.tokenizer import Tokenizer
 from kernels import ops
@@ -29,6 +32,7 @@ from quantize.smoothquant import (
     smooth_quant,
 )
 from tests.tiny_model import make_checkpoint
+from tests.unit.test_awq import edit_config
 
 CPU = torch.device("cpu")
 BATCH, LENGTH = 3, 40
@@ -285,3 +289,35 @@ def test_inputs_that_are_no_numbers(source, tmp_path, monkeypatch):
     monkeypatch.setattr(BlockModel, "run", overflowing)
     with pytest.raises(UserError, match="qkv_proj grow beyond what float32 holds"):
         job(source, tmp_path / "int8")
+
+
+def test_modules_that_were_not_converted_and_a_folder_without_quantization_config(tmp_path):
+    source = tmp_path / "model"
+    make_checkpoint(source, "llama")
+    samples = load_samples("bundled", Tokenizer.from_folder(source), 2, 32)
+    progress = Progress("text", stream=open("/dev/null", "w"))
+    target = smooth_quant(
+        str(source), str(tmp_path / "w8a8"), samples, CPU, torch.float32, progress
+    ).publish()
+    edit_config(target, quantization_config=None)  # as LMDeploy 0.2 left it
+    found = read_model_config(str(target)).quantization
+    assert found is not None and (found.method, found.not_converted) == ("smooth_quant", ())
+    load_model(str(target), torch.float32, CPU, ParallelContext())
+
+    name = "model.layers.1.mlp.down_proj"
+    plain = load_file(source / "model.safetensors")[f"{name}.weight"]
+    shard = target / "model-00003-of-00003.safetensors"
+    tensors = load_file(shard)
+    assert tensors[f"{name}.weight"].dtype == torch.int8
+    del tensors[f"{name}.scale"]
+    save_file({**tensors, f"{name}.weight": plain}, shard)
+    index = target / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"][f"{name}.scale"]
+    index.write_text(json.dumps(content))
+    edit_config(target, quantization_config={
+        "quant_method": "smooth_quant", "modules_to_not_convert": ["layers.1.mlp.down_proj"],
+    })
+    decoder, _ = load_model(str(target), torch.float32, CPU, ParallelContext())
+    assert torch.equal(decoder.layers[1].mlp.down_proj.weight, plain)
+    assert hasattr(decoder.layers[0].mlp.down_proj, "w8")

@@ -300,9 +300,31 @@ def test_config_and_weights_of_different_kinds(folder, tmp_path_factory):
     make_checkpoint(plain, "llama")
     edit_config(plain, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 32})
     assert "lacks the tensor" in refused(plain) and "qweight" in refused(plain)
-    quantize_checkpoint(folder, 32)
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_a_folder_without_quantization_config_is_known_by_its_tensors(folder, group_size):
+    """As LMDeploy 0.2 wrote them: float32 scales, too."""
+    tensors = quantize_checkpoint(folder, group_size)
     edit_config(folder, quantization_config=None)
-    assert "down_proj.weight" in refused(folder)
+    scales = {n: t.float() for n, t in load_file(folder / WHOLE).items() if n.endswith(".scales")}
+    edit(folder, **scales)
+    found = read_model_config(str(folder)).quantization
+    assert found is not None and (found.method, found.group_size) == ("awq", group_size)
+    down = tensors["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(load(folder).layers[1].mlp.down_proj.weight, down)
+
+
+def test_packed_tensors_of_another_format_are_not_taken_for_it(folder):
+    quantize_checkpoint(folder)
+    edit_config(folder, quantization_config=None)
+    stored = load_file(folder / WHOLE)  # GPTQ packs inputs: its qweight is [in / 8, out]
+    edit(folder, **{
+        name: torch.zeros(8 * words.shape[0] // 64, 8 * words.shape[1], dtype=torch.int32)
+        for name, words in stored.items() if name.endswith(".qweight")
+    })
+    assert read_model_config(str(folder)).quantization is None
+    assert "lacks the tensor" in refused(folder)
 
 
 def test_another_group_size_than_stored(folder):

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from backend.errors import UserError
-from backend.layers.linear_method import LinearMethod, LinearWeight
-from backend.layers.methods.unquantized import UnquantizedMethod
+from backend.layers.linear_method import LinearWeight
+from backend.layers.methods.quantized import QuantizedMethod
 from kernels import ops
 from kernels.cpu.linear_w4 import pack as pack_for_cpu
 from kernels.packing import TILE_COLUMNS, TILE_ROWS, WORDS, W4Weight, pack_w4, unpack_awq
@@ -23,7 +22,7 @@ WORD_OUTPUTS = 8  # 4-bit numbers in an int32
 RUN_OUTPUTS = 4096
 
 
-class AWQMethod(LinearMethod):
+class AWQMethod(QuantizedMethod):
     """`qweight` and `qzeros` int32, `scales` float16: weight = (q - zero) * scale, by group.
 
     qweight is [in_features, out_features / 8], the others have a row a group of inputs. After
@@ -32,8 +31,7 @@ class AWQMethod(LinearMethod):
 
     Args:
         group_size: inputs that share a scale and a zero: 32, 64 or 128.
-        not_converted: modules that the checkpoint keeps in 16 bit, each named by one or more
-            neighbouring components of its path: "self_attn", "layers.0.mlp.down_proj".
+        not_converted: modules that the checkpoint keeps in 16 bit; see QuantizedMethod.
         dequantize_to: see above; None keeps 4 bits, for `kernels.ops.linear_w4`.
         pack: makes its W4Weight of qweight, qzeros, scales and the group size.
     """
@@ -47,26 +45,11 @@ class AWQMethod(LinearMethod):
         dequantize_to: torch.dtype | None = None,
         pack: Pack | None = None,
     ) -> None:
+        super().__init__(not_converted)
         self.group_size = group_size
         self.input_multiple = group_size
-        self.not_converted = tuple(not_converted)
         self.dequantize_to = dequantize_to
         self.pack = pack or pack_tiles
-        self.unquantized = UnquantizedMethod()
-
-    def for_layer(self, names: Sequence[str]) -> LinearMethod:
-        kept = [name for name in names if self._is_kept(name)]
-        if kept and len(kept) < len(names):
-            other = next(name for name in names if name not in kept)
-            raise UserError(
-                f"modules_to_not_convert in config.json names {kept[0]} but not {other}; the two "
-                "are one product here and must be stored alike.",
-                "Quantize the model again with both or neither of them.",
-            )
-        return self.unquantized if kept else self
-
-    def _is_kept(self, name: str) -> bool:
-        return any(f".{entry.strip('.')}." in f".{name}." for entry in self.not_converted)
 
     def create_weights(
         self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device

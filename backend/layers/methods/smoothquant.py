@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backend.layers.linear_method import LinearMethod, LinearWeight
+from backend.layers.linear_method import LinearWeight
+from backend.layers.methods.quantized import QuantizedMethod
 from kernels import ops
 from kernels.cpu.linear_w8 import reorder
 from kernels.packing import W8Weight
 
 
-class SmoothQuantMethod(LinearMethod):
+class SmoothQuantMethod(QuantizedMethod):
     """`weight` int8 [out_features, in_features], `scale` float32 [out_features, 1]: LMDeploy's.
 
     After loading, a layer keeps one W8Weight, `layer.w8`. With several ranks, a row-parallel
