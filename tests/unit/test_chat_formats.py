@@ -106,8 +106,9 @@ def test_every_format_has_a_prompt_here_and_every_name_leads_to_one() -> None:
         assert chat_formats.is_known(typed)
 
 
-def test_every_name_is_in_the_docs() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs/chat_templates.md").read_text("utf-8")
+@pytest.mark.parametrize("page", ["chat_templates.md", "chat_templates.zh.md"])
+def test_every_name_is_in_the_docs(page: str) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / page).read_text("utf-8")
     assert not [name for name in chat_formats.names() if f"`{name}`" not in page]
 
 
