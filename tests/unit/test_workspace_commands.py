@@ -8,6 +8,10 @@ import pytest
 
 import app
 from backend.config import EngineConfig
+from backend.engine.kv_cache import static_params
+from backend.layers.parallel import ParallelContext
+from backend.models.registry import read_model_config
+from backend.workspace.settings import engine_options
 from tests.tiny_model import make_checkpoint
 
 
@@ -63,6 +67,24 @@ def test_from_convert_to_what_is_served(model, tmp_path, capfd, monkeypatch):
     assert services.local.engine.config.session_len == 64
     assert services.local.engine.config.max_batch_size == EngineConfig.max_batch_size
     services.local.template.close()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_kv_scales_as_the_tutorials_have_them(model, tmp_path, capfd, monkeypatch, tp):
+    monkeypatch.chdir(tmp_path)
+    text = ["--calib-samples", "2", "--calib-seqlen", "64", "--device", "cpu"]
+    run(capfd, "lite", "calibrate", model, "--work_dir", "./quant_output", *text)
+    run(capfd, "convert", "tiny", model, "--tp", tp)
+    weights = tmp_path / "workspace" / "triton_models" / "weights"
+    said = run(capfd, "lite", "kv_qparams", "./quant_output", "workspace/triton_models/weights/",
+               "--kv_sym", "False", "--num_tp", tp, "--device", "cpu", "--eval-tokens", "600",
+               "--threshold", "9")  # fmt: skip
+    assert ("Passed" if tp == 1 else "Not judged") in said
+    assert len(list(weights.glob("layers.*.past_kv_scale.*.weight"))) == 2 * tp
+    run(capfd, "config", "set", "workspace", "quant_policy=4")
+    config = EngineConfig(model="workspace", **engine_options("workspace", {}))
+    params = static_params(config, read_model_config("workspace"), ParallelContext(tp - 1, tp))
+    assert params is not None and params.shape == (2, 2, 2 // tp, 2)
 
 
 @pytest.mark.parametrize(
