@@ -204,11 +204,16 @@ def _config_json(source: Source) -> str:
     raw = dict(read_config_fields(str(source.folder)).raw)
     quantization = source.config.quantization
     if quantization is not None and not raw.get("quantization_config"):
-        raw["quantization_config"] = {
-            "quant_method": quantization.method, "bits": 4, "group_size": quantization.group_size,
-            "zero_point": True, "version": "gemm",
-            "modules_to_not_convert": list(quantization.not_converted) or None,
+        forms = {
+            "awq": {"bits": 4, "group_size": quantization.group_size, "zero_point": True,
+                    "version": "gemm"},
+            "smooth_quant": {"quant_dtype": "int8"},
         }  # fmt: skip
+        raw["quantization_config"] = {
+            "quant_method": quantization.method,
+            **forms[quantization.method],
+            "modules_to_not_convert": list(quantization.not_converted) or None,
+        }
     raw.pop("auto_map", None)  # it names .py files, which are not there
     return dumps(raw, indent=2, ensure_ascii=False) + "\n"
 

@@ -16,6 +16,7 @@ from backend.engine.inline import ThreadHandle
 from backend.engine.types import Request
 from backend.engine.worker import build_engine
 from backend.errors import UserError
+from backend.import_bin import import_model
 from backend.layers.methods.smoothquant import SmoothQuantMethod
 from backend.layers.parallel import ParallelContext
 from backend.models.checkpoint import read_checkpoint
@@ -32,7 +33,7 @@ from quantize.preflight import check_source
 from tests.family_layouts import FAMILIES as LAYOUTS, make_family
 from tests.parity.test_smoothquant import quantized
 from tests.tiny_model import FAMILIES, make_checkpoint
-from tests.unit.test_awq import WHOLE, quantize_checkpoint
+from tests.unit.test_awq import WHOLE, edit_config, quantize_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo_model"
@@ -118,6 +119,8 @@ def test_8_bit_weights_and_biases_everywhere(tmp_path, tp, monkeypatch):
     make_checkpoint(tmp_path / "float", "llama", **biases)
     check_same(tmp_path / "float", tp)
     made = quantized(tmp_path / "float", tmp_path / "int8")
+    if tp == 2:
+        edit_config(made, quantization_config=None)  # its tensors say it, too
     workspace = convert("tiny", made, tmp_path / "made", tp=tp)
     names = {"layers.0.attention.w_qkv.0.scale", f"layers.1.feed_forward.w3.{tp - 1}.bias"}
     assert names <= set(read_checkpoint(str(workspace)))
@@ -127,6 +130,25 @@ def test_8_bit_weights_and_biases_everywhere(tmp_path, tp, monkeypatch):
     for rank in range(tp):
         expected, found = (weights(folder, rank, tp) for folder in (made, workspace))
         assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_what_lmdeploy_0_2_wrote(tmp_path):
+    """Its auto_awq: .bin files, scales in float32, nothing of it in config.json."""
+    old = tmp_path / "old"
+    make_checkpoint(old, "llama")
+    quantize_checkpoint(old)
+    expected = weights(old)
+    tensors = load_file(old / WHOLE)
+    tensors = {n: t.float() if n.endswith(".scales") else t for n, t in tensors.items()}
+    torch.save(tensors, old / "pytorch_model.bin")
+    (old / WHOLE).unlink()
+    edit_config(old, quantization_config=None)
+    import_model(old, tmp_path / "new")
+    workspace = convert("tiny", tmp_path / "new", tmp_path / "workspace", model_format="awq",
+                        group_size=32)  # fmt: skip
+    found = weights(workspace)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert "group_size = 32\n" in (workspace / CONFIG_INI).read_text()
 
 
 def test_tensors_have_the_tutorials_names(source):
