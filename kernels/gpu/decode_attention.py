@@ -335,7 +335,9 @@ def decode_attention(
     group = q.shape[1] // kv_heads
     pdl = supports_pdl(q)
     dtype = dot_dtype(q, cache)
-    tile, warps, stages, registers = config or _config(cache.bits, head_dim, group, dtype)
+    tile, warps, stages, registers = config or _config(
+        cache.bits, head_dim, group, sequences * kv_heads, dtype
+    )
     if splits is None:
         sms = num_sms(q.device.index or 0) if q.is_cuda else 1
         splits = choose_splits(sequences, kv_heads, metadata.max_seq_len, tile, sms)
@@ -367,14 +369,17 @@ def decode_attention(
 
 
 def _config(
-    bits: int, head_dim: int, group: int, dtype: torch.dtype
+    bits: int, head_dim: int, group: int, pairs: int, dtype: torch.dtype
 ) -> tuple[int, int, int, int]:
-    """Tokens of a tile, warps, pipeline stages, registers a thread (0: any number)."""
+    """Tokens of a tile, warps, pipeline stages, registers a thread (0: any number).
+
+    `pairs` of a sequence and a KV head. On an H200 (microseconds; 32 KV heads, no groups): 16 bits
+    want short tiles, 16 x 300 tokens 24 (64 tokens: 31). Quantized, many programs of one warp keep
+    the memory busier than fewer of two, which are quicker for themselves: 8 bits 256 x 400 227
+    (264), 64 x 1000 167 (148); 4 bits 64 x 300 45 (53), 16 x 300 20 (15).
+    """
     if dtype == torch.float32 or head_dim > 128 or group > 16:
         return 32, 4, 2, 0
-    # Warps meet several times a tile, so few are best. Microseconds at 64 sequences x 600 tokens of
-    # 32 heads, by warps, the tile chosen for each: 8 bits 145 (4), 105 (2), 122 (1); 4 bits 144,
-    # 112, 71; 16 bits 152 always. At one sequence as many or fewer.
-    if bits == 4:
-        return 32, 1, 4, 0
-    return 64, 2, 2 if bits == 16 and group > 1 else 3, 0
+    if bits == 16:
+        return (32, 2, 3, 0) if group == 1 else (64, 2, 2, 0)
+    return (32, 1, 4, 0) if pairs >= {8: 4096, 4: 1024}[bits] else (64, 2, 3, 0)

@@ -222,22 +222,20 @@ def linear(
         return few_tokens(x, weight, bias, FEW_TOKENS)
     if 0 < tokens <= 16 and rows >= WIDE:
         return matmul(x, weight, bias, WIDE_TILE)
-    if tokens >= PROMPT and weight.numel() * weight.element_size() > SLICE_BYTES:
-        return sliced(x, weight, bias)
-    return F.linear(x, weight, bias)
+    if tokens < PROMPT:
+        return F.linear(x, weight, bias)
+    out = x.new_empty(tokens, rows)
+    product_into(out, x, weight)
+    return out if bias is None else out.add_(bias)
 
 
-def sliced(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, K] times weight [N, K] by cuBLAS, some rows of the weight at a time."""
+def product_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """x [T, K] times weight [N, K] into out [T, N], whose rows may lie apart, by cuBLAS."""
     rows = weight.shape[0]
-    out = x.new_empty(x.shape[0], rows)
-    step = slice_rows(*weight.shape, SLICE_BYTES)
+    step = rows if x.shape[0] < PROMPT else slice_rows(rows, weight.shape[1], SLICE_BYTES)
     for first in range(0, rows, step):
         part = slice(first, min(first + step, rows))
         torch.mm(x, weight[part].t(), out=out[:, part])
-    if bias is not None:
-        out += bias
-    return out
 
 
 def slice_rows(rows: int, columns: int, size: int) -> int:

@@ -1,8 +1,7 @@
 """Linear layers with weights of 4 bits (W4A16): the choice of the kernel and its launch.
 
 Few tokens: `w4_mma`, bound by the memory. A batch: `w4_dot`, bound by the tensor cores. A prompt:
-the weight is unpacked into a scratch, a slice at a time, each small enough to stay in the L2
-cache, and cuBLAS multiplies.
+the weight is unpacked into a scratch, in slices if it is large, and cuBLAS multiplies.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from kernels.gpu.elementwise import silu_and_mul
 from kernels.gpu.launch import cdiv, launch, launch_options, num_sms, supports_pdl
-from kernels.gpu.linear import slice_rows
+from kernels.gpu.linear import product_into, slice_rows
 from kernels.gpu.tuning import (
     DotConfig,
     MmaConfig,
@@ -29,8 +28,9 @@ from kernels.gpu.w4_dot import w4_dequantize_kernel, w4_dot_kernel
 from kernels.gpu.w4_mma import w4_mma_kernel
 from kernels.packing import TILE_COLUMNS, TILE_ROWS, W4Weight
 
-# Bytes of an unpacked slice: with its inputs and results it stays in an L2 cache of 50-60 MB.
-SCRATCH_BYTES = 32 << 20
+# Bytes of unpacked weight at a time: the largest matrix of a 7B model in one piece. Smaller pieces
+# would stay in the L2 cache, but each waits for its own unpacking.
+SCRATCH_BYTES = 192 << 20
 # Tiles of the result that may have their columns split among programs.
 MAX_SPLIT_TILES = 1 << 16
 # Multiprocessors that the rule of the table is applied for where there is no GPU.
@@ -205,7 +205,7 @@ def unpacked_product(x: Tensor, weight: W4Weight, bias: Tensor | None, gated: bo
     for first in range(0, rows, step):
         part = scratch[: min(rows - first, step)]
         _dequantize(weight, first // TILE_ROWS, part)
-        torch.mm(x, part.t(), out=out[:, first : first + step])
+        product_into(out[:, first : first + step], x, part)
     if bias is not None:
         out += bias
     return silu_and_mul(out) if gated else out
