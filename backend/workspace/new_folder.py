@@ -10,6 +10,7 @@ from pathlib import Path
 from backend.errors import UserError
 
 MARK = ".unfinished"  # in NAME.partial: that it is one of ours, and may be deleted
+REPLACED = ".replaced"  # in NAME.partial, for a moment: the folder that it takes the place of
 RESERVE = 1.05  # of the disk space: headers, tokenizer, a file system's own needs
 
 
@@ -53,7 +54,6 @@ class NewFolder:
                 "Choose another folder.",
                 field=field,
             )
-        self._check_target()
         try:
             if os.path.lexists(self.path):
                 if not (self.path / MARK).is_file():
@@ -62,7 +62,11 @@ class NewFolder:
                         "Move it away, or choose another folder.",
                         field=field,
                     )
+                # Killed between the two renames: nothing is lost.
+                if (self.path / REPLACED).is_dir() and not os.path.lexists(self.target):
+                    os.rename(self.path / REPLACED, self.target)
                 shutil.rmtree(self.path)
+            self._check_target()
             self.path.mkdir(parents=True)
             (self.path / MARK).touch()
         except OSError as error:
@@ -110,18 +114,15 @@ class NewFolder:
     def _publish(self) -> None:
         """Only now is a folder in its place deleted."""
         self._check_target()  # minutes have passed
-        replaced = self.target.with_name(self.target.name + ".replaced")
         try:
             for path in self.path.rglob("*"):
                 _sync(path)
-            (self.path / MARK).unlink()
-            exists = os.path.lexists(self.target)
-            if exists:
-                os.rename(self.target, replaced)
+            if os.path.lexists(self.target):
+                os.rename(self.target, self.path / REPLACED)
             os.rename(self.path, self.target)
             _sync(self.target.parent)
-            if exists:
-                shutil.rmtree(replaced)
+            shutil.rmtree(self.target / REPLACED, ignore_errors=True)
+            (self.target / MARK).unlink()
         except OSError as error:
             raise self._unwritable(error) from error
 
