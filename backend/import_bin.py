@@ -15,11 +15,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backend.errors import UserError
 from backend.workspace.new_folder import NewFolder
+
+if TYPE_CHECKING:
+    import torch  # at run time only in the child
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 INDEX = "model.safetensors.index.json"
@@ -32,6 +37,7 @@ MAX_INDEX_BYTES = 256 << 20
 MAX_SHARDS = 10_000
 EXTRA_MEMORY = 2 << 30  # address space beside the files that are mapped and the tensors
 SECONDS_PER_GB = 60
+PART_BYTES = 2 << 30  # of a file that is written
 PROJECT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")
 HINT = "Ask the model's publisher for safetensors; most offer them."
@@ -138,23 +144,28 @@ def main() -> None:
     save_file({"warm": torch.zeros(1)}, target / ".warm")  # imports what it needs before the limits
     (target / ".warm").unlink()
     _limit(job["memory"], job["seconds"], job["file_bytes"])
-    places: dict[str, str] = {}
-    total = 0
+    places: dict[str, int] = {}  # tensor -> number of its file, from 1
+    total = files = 0
     try:
-        for number, name in enumerate(job["shards"], 1):
+        for name in job["shards"]:
             tensors = read_tensors(source / name)
-            count = len(job["shards"])
-            shard = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else (
-                "model.safetensors")  # fmt: skip
-            twice = next((tensor for tensor in tensors if tensor in places), None)
-            if twice is not None:
-                raise UserError(f"{name} holds {twice:.200}, which another file has, too.", HINT)
-            save_file(tensors, target / shard, metadata={"format": "pt"})
-            os.chmod(target / shard, 0o644)
-            places |= dict.fromkeys(tensors, shard)
-            total += sum(tensor.nbytes for tensor in tensors.values())
-        if len(job["shards"]) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            if twice := places.keys() & tensors:
+                text = f"{name} holds {min(twice):.200}, which another file has, too."
+                raise UserError(text, HINT)
+            for part in parts_of(tensors):
+                files += 1
+                save_file(part, target / f"part-{files}", metadata={"format": "pt"})
+                os.chmod(target / f"part-{files}", 0o644)
+                places |= dict.fromkeys(part, files)
+                total += sum(tensor.nbytes for tensor in part.values())
+        names = {n: f"model-{n:05d}-of-{files:05d}.safetensors" for n in range(1, files + 1)}
+        if files == 1:
+            names = {1: "model.safetensors"}
+        for number, final in names.items():
+            os.replace(target / f"part-{number}", target / final)
+        if files > 1:
+            weight_map = {tensor: names[number] for tensor, number in sorted(places.items())}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (target / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     except UserError as error:
         print(json.dumps({"message": error.message, "hint": error.hint}))
@@ -176,7 +187,22 @@ def _limit(memory: int, seconds: int, file_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:  # type: ignore[name-defined]  # noqa: F821
+def parts_of(
+    tensors: dict[str, torch.Tensor],
+) -> Iterator[dict[str, torch.Tensor]]:
+    """In runs of PART_BYTES at most, or of one tensor: writing one takes as much memory."""
+    part: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.nbytes > PART_BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    yield part
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Name -> tensor; none shares memory with another.
 
     Raises:

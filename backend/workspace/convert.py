@@ -204,7 +204,7 @@ def _config_json(source: Source) -> str:
     raw = dict(read_config_fields(str(source.folder)).raw)
     quantization = source.config.quantization
     if quantization is not None and not raw.get("quantization_config"):
-        forms = {
+        forms: dict[str, dict[str, Any]] = {
             "awq": {"bits": 4, "group_size": quantization.group_size, "zero_point": True,
                     "version": "gemm"},
             "smooth_quant": {"quant_dtype": "int8"},

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 
 import app
+from backend import import_bin
 from backend.errors import UserError
-from backend.import_bin import import_model, read_tensors
+from backend.import_bin import import_model, parts_of, read_tensors
 from backend.layers.parallel import ParallelContext
 from backend.models.loader import check_model, load_model
 from tests.tiny_model import make_checkpoint
@@ -72,6 +74,17 @@ def test_import(made, tmp_path, shards):
     load_model(str(tmp_path / "new"), torch.float32, CPU, ParallelContext())
     assert not list((tmp_path / "new").glob("*.py")) and not (tmp_path / "new.partial").exists()
     assert (tmp_path / "new" / names[0]).stat().st_mode & 0o777 == 0o644
+
+
+@given(st.lists(st.integers(0, 40), min_size=1), st.integers(1, 100))
+def test_large_files_are_written_in_parts(sizes, bound):
+    tensors = {str(n): torch.zeros(size, dtype=torch.uint8) for n, size in enumerate(sizes)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_bin, "PART_BYTES", bound)
+        parts = list(parts_of(tensors))
+    assert [name for part in parts for name in part] == list(tensors)
+    for part in parts:
+        assert part and (len(part) == 1 or sum(t.nbytes for t in part.values()) <= bound)
 
 
 def test_parameters_and_tensors_that_share_memory(made, tmp_path):
