@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -56,10 +56,14 @@ NAME = re.compile(r"[\w.:/+-]+")
 INDEX = "model.safetensors.index.json"
 WRITERS = 3  # threads that write and hash files
 WAITING_BYTES = 2 << 30  # of tensors that wait for them; one layer may be more
-COPIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "*.tiktoken", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
-)  # nothing that could run (.py)  # fmt: skip
+# What is copied; nothing that could run (.py).
+VOCABULARY = (
+    "tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+TOKENIZER_FILES = (
+    *VOCABULARY, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+)  # fmt: skip
+COPIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "NOTICE*")
 WEIGHT_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
 BYTES = {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
@@ -171,23 +175,25 @@ def _check_source(folder: Path, tp: int, model_format: str | None, group_size: i
 
 
 def _tokenizer_files(folder: Path, tokenizer_path: str | Path | None) -> list[Path]:
-    """What is copied beside config.json: the model's, or those at `tokenizer_path` before them."""
-    chosen: dict[str, Path] = {}
-    places = [folder]
-    if tokenizer_path is not None:
-        given = Path(tokenizer_path)
-        if not given.exists():
-            raise UserError(f"There is no tokenizer at {given}.", field="tokenizer_path")
-        places = [given, folder]
-    for place in places:
-        entries = sorted(place.iterdir()) if place.is_dir() else [place]
-        for path in entries:
-            wanted = place.is_file() or any(fnmatch(path.name, pattern) for pattern in COPIED)
-            # A tokenizer given instead must not be mixed with the model's own.
-            mixed = place is folder and len(places) > 1 and not path.name.startswith("generation")
-            if wanted and path.is_file() and not mixed:
-                chosen.setdefault(path.name, path)
-    return list(chosen.values())
+    """What is copied beside config.json. A tokenizer given instead is not mixed with the model's:
+    of a folder all is taken, a file takes the place of the model's vocabulary."""
+    own = _matching(folder, COPIED)
+    if tokenizer_path is None:
+        return own
+    given = Path(tokenizer_path)
+    if not given.exists():
+        raise UserError(f"There is no tokenizer at {given}.", field="tokenizer_path")
+    files = [given] if given.is_file() else _matching(given, COPIED)
+    replaced = VOCABULARY if given.is_file() else TOKENIZER_FILES
+    kept = set(own) - set(_matching(folder, replaced))
+    return files + sorted(path for path in kept if path.name not in {f.name for f in files})
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted(
+        path for path in folder.iterdir()
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns)
+    )  # fmt: skip
 
 
 def _check_template(name: str, folder: Path) -> None:

@@ -317,15 +317,23 @@ def test_the_name_chooses_a_template_and_without_one_nobody_chats(source, caplog
     assert "tiny is no chat template's name" in caplog.text
 
 
-def test_another_tokenizer(source):
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_another_tokenizer(source, what):
+    """A folder brings its template, too; a file is another vocabulary for the model's settings."""
     other = source.parent / "other"
     make_checkpoint(other, "llama")
     config = json.loads((other / "tokenizer_config.json").read_text())
     config["chat_template"] = "{{ 'other' }}"
     (other / "tokenizer_config.json").write_text(json.dumps(config))
-    workspace = convert("tiny", source, source.parent / "made", tokenizer_path=other)
-    template = ChatTemplate.from_folder(workspace)
-    assert template.source == "{{ 'other' }}"
+    vocabulary = (other / "tokenizer.json").read_text().replace("<|im_start|>", "<|other|>")
+    (other / "tokenizer.json").write_text(vocabulary)
+    (source / "vocab.json").write_text("{}")
+    path = other if what == "folder" else other / "tokenizer.json"
+    workspace = convert("tiny", source, source.parent / "made", tokenizer_path=path)
+    assert (ChatTemplate.from_folder(workspace).source == "{{ 'other' }}") == (what == "folder")
+    assert Tokenizer.from_folder(workspace).token_to_id("<|other|>") is not None
+    names = {entry.name for entry in (workspace / TOKENIZER).iterdir()}
+    assert {"generation_config.json", "config.json"} <= names and "vocab.json" not in names
 
 
 @pytest.mark.parametrize("tp", [1, 2])
