@@ -13,7 +13,7 @@ from typing import Any
 from backend.config import EngineConfig, validate, workspace_kv_cache_dtype
 from backend.errors import UserError
 from backend.workspace.config_ini import ConfigIni, read_ini
-from backend.workspace.keys import KEYS, KV, STEP, Key, known_key
+from backend.workspace.keys import KEYS, KV, STEP, SWITCH, Key, known_key
 from backend.workspace.layout import CONFIG_INI, Manifest, read_manifest, verify, workspace_of
 
 FIELDS = {f.name: f.default for f in fields(EngineConfig)}
@@ -100,9 +100,17 @@ def _options(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any
     for key in KEYS.values():
         if key.name not in values or not key.fields or overriding(key, given):
             continue
-        if key.fields not in (KV, STEP) and key.fields[0] in FIELDS:
-            kind = bool if key.name == "use_logn_attn" else key.type
-            options[key.fields[0]] = kind(values[key.name])
+        if key.fields in (KV, STEP):
+            continue
+        (name, *_), value = key.fields, values[key.name]
+        if name in FIELDS:
+            options[name] = bool(value) if key.choices == SWITCH else value
+        elif value != key.default:  # never taken and ignored
+            raise UserError(
+                f"config.ini: {key.name} {value} is not supported yet.",
+                f"Set it to {key.default}.",
+                field=key.name,
+            )
     if not set(KV) & set(given):
         named = values.get("kv_cache_dtype", "auto")
         numbered = workspace_kv_cache_dtype(values.get("quant_policy", 0))

@@ -251,6 +251,23 @@ def test_a_bad_edit_changes_nothing(workspace, changes, words):
     assert (workspace / CONFIG_INI).read_text() == TUTORIAL
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "value"), [("rope_scaling_factor", "1.0", 1.0), ("use_logn_attn", "1", True)]
+)
+def test_long_texts(workspace, key, text, value):
+    if hasattr(EngineConfig, key):
+        edit(workspace, {key: text})
+        found = getattr(options(workspace), key)
+        assert found == value and type(found) is type(value)
+        assert getattr(options(workspace, **{key: type(value)(0)}), key) == 0
+    else:  # an engine that cannot do it says so
+        with pytest.raises(UserError, match=f"{key} .* is not supported yet"):
+            edit(workspace, {key: text})
+        replace_line(workspace, key, f"{key} = {text}")
+        with pytest.raises(UserError, match=f"{key} .* is not supported yet"):
+            engine_options(str(workspace), {})
+
+
 def test_a_file_that_is_not_written_in_utf8(workspace):
     (workspace / CONFIG_INI).write_bytes("[llama]\nmodel_name = 书".encode("gb18030"))
     with pytest.raises(UserError, match="not UTF-8"):
