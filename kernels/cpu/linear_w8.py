@@ -65,8 +65,8 @@ def _zero_point() -> int:
     """What is added to x for oneDNN, which takes it off its exact sums again.
 
     VNNI multiplies uint8 by int8; for int8 by int8 of a reordered weight oneDNN has fast code with
-    AMX only. Without, it takes 1100 ms for one row of 4096 x 4096, and for uint8 2 ms. (A weight
-    that is not reordered is 2 to 4 times as slow as that at 8 to 64 rows.)
+    AMX only: without, one row of 4096 x 4096 takes it 1.1 s. (A weight that is not reordered takes
+    two to four times as long as uint8 by a reordered one at 8 to 64 rows.)
     """
     return 0 if torch.cpu.get_capabilities().get("amx_int8") else 128
 
