@@ -203,6 +203,14 @@ def attention(
     )
 
 
+def resolve_tokens(token_ids: Tensor, drawn: Tensor) -> Tensor:
+    """Token ids int64 [T] with what an earlier step drew put in where they refer to it.
+
+    -1 - row stands for drawn[row] (int64 [S]); a row that drew nothing (-1) gives token 0.
+    """
+    return implementation("resolve_tokens", token_ids.device.type)(token_ids, drawn)
+
+
 def sample(
     logits: Tensor,
     temperature: Tensor,

@@ -124,11 +124,9 @@ class DecodeSteps:
         return step
 
     def _compute(self, step: _Step) -> None:
-        drawn = self._last_drawn[step.sources.clamp(min=0)]
-        input_ids = torch.where(step.sources >= 0, drawn, step.token_ids)
-        # A row whose output was not a number drew -1; it ends, but is computed once more.
+        input_ids = ops.resolve_tokens(step.token_ids, self._last_drawn)
         logits = self._logits[: step.size]
-        logits.copy_(self._forward(input_ids.clamp_(min=0), step.positions, step.metadata))
+        logits.copy_(self._forward(input_ids, step.positions, step.metadata))
         tokens = ops.sample(
             logits, step.temperature, step.top_k, step.top_p, step.min_p, step.uniform
         )
@@ -144,7 +142,7 @@ class _Step:
         self.size = size
         self.graph: torch.cuda.CUDAGraph | None = None
         self._vocab_size = vocab_size
-        longs, floats, ints = 5 * size * 8, 4 * size * 4, size * 4
+        longs, floats, ints = 4 * size * 8, 4 * size * 4, size * 4
         total = longs + floats + ints
         on_device = torch.zeros(total, dtype=torch.uint8, device=device)
         # Two on the host, because the copy of one may still wait behind the step before.
@@ -154,14 +152,14 @@ class _Step:
 
         def views(buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return (
-                buffer[:longs].view(torch.int64).view(5, size),
+                buffer[:longs].view(torch.int64).view(4, size),
                 buffer[longs : longs + floats].view(torch.float32).view(4, size),
                 buffer[longs + floats :].view(torch.int32),
             )
 
         self._host_views = [views(host) for host in self._hosts]
         numbers, draws, self.seq_lens = views(on_device)
-        self.token_ids, self.sources, self.positions, self.slots, self.top_k = numbers
+        self.token_ids, self.positions, self.slots, self.top_k = numbers
         self.temperature, self.top_p, self.min_p, self.uniform = draws
         # Tables are sent row by row: sequences mostly stay, and grow a block now and then.
         self.block_table = torch.zeros(size, max_blocks, dtype=torch.int32, device=device)
@@ -176,12 +174,11 @@ class _Step:
         vocab = self._vocab_size
         numbers.copy_(
             self._padded(
-                [max(token, 0) for token in step.token_ids],
-                [max(-1 - token, -1) for token in step.token_ids],
+                step.token_ids,
                 step.positions,
                 step.slot_mapping,
                 [min(k or vocab, vocab) for k in draw.top_k],
-                padding=(0, -1, 0, -1, vocab),
+                padding=(0, 0, -1, vocab),
             )
         )
         draws.copy_(

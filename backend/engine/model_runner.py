@@ -30,6 +30,7 @@ from backend.layers.parallel import ParallelContext
 from backend.models.loader import load_model
 from backend.models.model_config import ModelConfig
 from backend.models.registry import read_model_config
+from kernels import ops
 from kernels.ops import AttentionMetadata, KVCache
 
 log = logging.getLogger(__name__)
@@ -188,8 +189,7 @@ class ModelRunner:
         """Logits float32 [len(sample_rows), vocab]; the KV of all tokens goes into the pool."""
         input_ids = self._tensor(step.token_ids, torch.int64)
         if min(step.token_ids) < 0:
-            drawn = self._last_drawn[(-1 - input_ids).clamp(min=0)].clamp(min=0)
-            input_ids = torch.where(input_ids < 0, drawn, input_ids)
+            input_ids = ops.resolve_tokens(input_ids, self._last_drawn)
         positions = self._tensor(step.positions, torch.int64)
         hidden = self.model(input_ids, positions, self.kv_caches, self._metadata(step))
         if len(step.sample_rows) != len(step.token_ids):

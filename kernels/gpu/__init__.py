@@ -10,7 +10,7 @@ from kernels.gpu.linear import linear
 from kernels.gpu.linear_w4 import gated_linear_w4, linear_w4
 from kernels.gpu.linear_w8 import linear_w8
 from kernels.gpu.rounding import round_columns
-from kernels.gpu.sampling import sample
+from kernels.gpu.sampling import resolve_tokens, sample
 
 __all__ = [
     "add_rms_norm",
@@ -20,6 +20,7 @@ __all__ = [
     "linear_w4",
     "linear_w8",
     "paged_attention",
+    "resolve_tokens",
     "rms_norm",
     "round_columns",
     "sample",

@@ -261,6 +261,36 @@ def _sample_kernel(
     tl.store(out + index, token.to(tl.int64))
 
 
+@triton.jit
+def _resolve_kernel(token_ids, drawn, out, tokens, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < tokens
+    release_successor(PDL)
+    wait_for_predecessor(PDL)
+    token = tl.load(token_ids + index, mask=mask, other=0)
+    referred = tl.load(drawn + tl.maximum(-1 - token, 0), mask=mask & (token < 0), other=0)
+    tl.store(out + index, tl.where(token < 0, tl.maximum(referred, 0), token), mask=mask)
+
+
+def resolve_tokens(token_ids: Tensor, drawn: Tensor) -> Tensor:
+    """See `kernels.ops.resolve_tokens`."""
+    out = torch.empty_like(token_ids)
+    pdl = supports_pdl(token_ids)
+    launch(
+        _resolve_kernel,
+        (cdiv(len(token_ids), 128),),
+        token_ids,
+        drawn,
+        out,
+        len(token_ids),
+        BLOCK=128,
+        PDL=pdl,
+        num_warps=4,
+        **launch_options(pdl),
+    )
+    return out
+
+
 def sample(
     logits: Tensor,
     temperature: Tensor,

@@ -182,6 +182,12 @@ def attention(
     return paged_attention(q, cache, metadata, scale, window)
 
 
+def resolve_tokens(token_ids: Tensor, drawn: Tensor) -> Tensor:
+    """See `kernels.ops.resolve_tokens`."""
+    referred = drawn[(-1 - token_ids).clamp(min=0)].clamp(min=0)
+    return torch.where(token_ids < 0, referred, token_ids)
+
+
 def sample(
     logits: Tensor,
     temperature: Tensor,

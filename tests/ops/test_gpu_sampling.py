@@ -151,3 +151,11 @@ def test_rows_have_their_own_parameters():
 def test_logits_that_are_not_float32_are_refused():
     with pytest.raises(ValueError, match="float16"):
         sample(drawn(8).half()[None])
+
+
+def test_tokens_that_an_earlier_step_drew_are_put_in():
+    ids = torch.tensor([5, -1, 0, -3, *range(200), -2], device=DEVICE)
+    drawn = torch.tensor([11, -1, 13], device=DEVICE)  # the second row drew nothing
+    expected = kernels.reference.resolve_tokens(ids, drawn)
+    assert expected[[0, 1, 2, 3, -1]].tolist() == [5, 11, 0, 13, 0]
+    assert torch.equal(sampling.resolve_tokens(ids, drawn), expected)
