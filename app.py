@@ -9,6 +9,7 @@ python app.py lite auto_awq MODEL              quantize it, and measure how good
 python app.py convert NAME MODEL               make a workspace; MODEL above may be one
 python app.py config show WORKSPACE            its config.ini: every key, and what it does
 python app.py download NAMESPACE/NAME          fetch a model; MODEL above may be its id, too
+python app.py list                             the chat formats' names
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from backend.services import Services
 
 COMMANDS = (
-    "run", "serve", "chat", "benchmark", "lite", "download", *WORKSPACE_COMMANDS, "-h", "--help",
+    "run", "serve", "chat", "benchmark", "lite", "download", "list", *WORKSPACE_COMMANDS, "-h",
+    "--help",
 )  # fmt: skip
 SERVER = (EngineConfig, ChatConfig, ServerConfig)
 BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "demo_model"
@@ -103,6 +105,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_lite_commands(lite.add_subparsers(required=True, metavar=names))
     add_workspace_commands(commands)
     add_download_command(commands)
+    text = "the chat formats that --model-name and --chat-template take by name"
+    commands.add_parser("list", help=text, description=text).set_defaults(run=list_formats)
     return parser.parse_args(argv)
 
 
@@ -145,6 +149,14 @@ def open_services(args: argparse.Namespace, api_key: str = "") -> Services:
     template = template_choice(named.chat_template, name)
     launch = ThreadHandle if args.inline else ProcessHandle
     return local_services(engine, name or os.path.basename(engine.model), launch, template)
+
+
+def list_formats(args: argparse.Namespace) -> int:
+    """Print the names of the chat formats, one a line."""
+    from backend.chat_formats import names
+
+    print("\n".join(names()))
+    return 0
 
 
 async def run_page(args: argparse.Namespace) -> int:
