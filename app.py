@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import difflib
 import logging
 import os
 import sys
@@ -107,7 +108,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_download_command(commands)
     text = "the chat formats that --model-name and --chat-template take by name"
     commands.add_parser("list", help=text, description=text).set_defaults(run=list_formats)
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        message = f"unrecognized arguments: {' '.join(unknown)}."
+        raise UserError(message, _hint(unknown, parser, argv))
+    return args
+
+
+def _hint(unknown: list[str], parser: argparse.ArgumentParser, argv: list[str]) -> str:
+    """The flag of the chosen command that was perhaps meant, else where its flags are told."""
+    for word in argv:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction) and word in action.choices:
+                parser = action.choices[word]
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+    return f"Did you mean {near[0]}?" if near else f"See: python {parser.prog} --help"
 
 
 def _command(group, name: str, help: str, run, *settings: type) -> argparse.ArgumentParser:

@@ -379,10 +379,3 @@ def test_the_end_of_its_input_ends_the_terminal_chat(start, model: Path):
     code, _, err = started.wait()
     assert_gone(family)
     assert code == 0 and "Traceback" not in err
-
-
-def test_list_prints_every_chat_format(capsys) -> None:
-    from backend import chat_formats
-
-    assert app.main(["list"]) == 0
-    assert capsys.readouterr().out.split() == chat_formats.names()
