@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import platformdirs
-
+from backend.data_dir import data_dir
 from backend.errors import UserError
 from backend.hub.errors import BusyError
 from backend.hub.names import checked_id, checked_revision
@@ -104,18 +103,8 @@ class Download:
 
 
 def models_dir() -> Path:
-    """The folder of downloaded models: $LMDESK_HOME/models, else in the user's data directory.
-
-    Raises:
-        UserError: the user has no home directory.
-    """
-    if home := os.environ.get("LMDESK_HOME"):
-        return Path(home).expanduser().absolute() / "models"
-    try:
-        return platformdirs.user_data_path("lmdesk") / "models"
-    except RuntimeError:
-        raise UserError("Models cannot be kept, because this user has no home directory.",
-                        "Set LMDESK_HOME, or give --local-dir.") from None
+    """The folder of downloaded models, see `data_dir`."""
+    return data_dir() / "models"
 
 
 def target_of(id: str, revision: str = "") -> Path:

@@ -48,6 +48,7 @@ FLOORS = {
     "backend.models": 15,
     "backend.layers": 14,
     "kernels": 10,
+    "backend.data_dir": 3,
     "backend.config": 0,
     "backend.errors": 0,
 }
