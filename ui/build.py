@@ -1,8 +1,14 @@
-"""Puts the page together and mounts it on the web server."""
+"""Puts the page together and mounts it on the web server.
+
+A tab is a file with a class: `XTab(services)` builds its components inside the current layout and
+wires them, `wire_load(page)` adds what happens when the page is opened. `TABS` names them all.
+"""
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import gradio as gr
 from fastapi import FastAPI
@@ -10,19 +16,61 @@ from fastapi import FastAPI
 from backend.services import Services
 from ui import forms, theme
 from ui.chat_tab import ChatTab
-from ui.conversations import ConversationStore
-from ui.i18n import gradio_i18n, t
+from ui.i18n import gradio_i18n, label, t
 from ui.status_bar import build_status_bar
+
+
+class Tab(Protocol):
+    """What every tab's class is."""
+
+    def wire_load(self, page: gr.Blocks) -> None:
+        """Add the tab's part of opening or reloading the page."""
+
+
+class TabEntry(NamedTuple):
+    """A tab of the page.
+
+    Attributes:
+        id: its name for code; its words are the i18n key "tab.<id>".
+        build: the tab's class.
+        restful: whether a page over somebody's api_server has it, too.
+    """
+
+    id: str
+    build: Callable[[Services], Tab]
+    restful: bool = False
+
+
+TABS: tuple[TabEntry, ...] = (  # in the order in which they stand
+    TabEntry("chat", ChatTab, restful=True),
+)
+FIRST = "chat"  # shown first
 
 
 def build_ui(services: Services) -> gr.Blocks:
     """The page, not yet served."""
+    entries = [entry for entry in TABS if entry.restful or not services.remote]
     with gr.Blocks(title=t("page.title"), fill_width=True, analytics_enabled=False) as page:
         build_status_bar()
-        chat = ChatTab(services, ConversationStore())
-        chat.wire_load(page)
+        if len(entries) == 1:
+            tabs = [entries[0].build(services)]
+        else:
+            tabs = _build_tabs(entries, services)
+        for tab in tabs:
+            tab.wire_load(page)
     # Gradio's own default is one event at a time, one student at a time.
     return page.queue(default_concurrency_limit=None, max_size=None, api_open=False)
+
+
+def _build_tabs(entries: list[TabEntry], services: Services) -> list[Tab]:
+    tabs: list[Tab] = []
+    with gr.Tabs(selected=FIRST, elem_id="tabs"):
+        for entry in entries:
+            # All are drawn at once, so that nothing is lost by looking at another.
+            layout: dict[str, Any] = {"elem_id": f"tab-{entry.id}", "render_children": True}
+            with gr.Tab(label(f"tab.{entry.id}"), id=entry.id, **layout):
+                tabs.append(entry.build(services))
+    return tabs
 
 
 def mount_page(app: FastAPI, services: Services, root_path: str = "") -> FastAPI:

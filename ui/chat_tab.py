@@ -37,9 +37,9 @@ Updates = dict[Any, Any]  # component -> new value
 class ChatTab:
     """Builds the tab's components inside the current layout and wires them."""
 
-    def __init__(self, services: Services, store: ConversationStore) -> None:
+    def __init__(self, services: Services) -> None:
         self.services = services
-        self.store = store
+        self.store = ConversationStore()
         self.defaults = forms.defaults(services.sampling_defaults)
         with gr.Row(elem_id="chat-page"):
             with gr.Column(scale=5, elem_id="chat-main"):

@@ -1,4 +1,4 @@
-"""Every visible string of the page, from `assets/locales/<locale>.json`.
+"""Every visible string of the page, from `assets/locales/<locale>/*.json`: a file a tab.
 
 Three roads lead from a key to the reader. `label` marks text of a component, which the browser
 translates. `t` is for text that the server makes per request (toasts, counts), in the reader's
@@ -23,10 +23,14 @@ SCRIPT_PREFIX = "script."  # keys that assets/ui/page.js draws
 
 @cache
 def catalogs() -> dict[str, dict[str, str]]:
-    """Locale ("en", "zh-CN") -> key -> text, as read from the files of the locales folder."""
+    """Locale ("en", "zh-CN") -> key -> text, of all files of the locale's folder."""
     return {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(LOCALES.glob("*.json"))
+        folder.name: {
+            key: text
+            for path in sorted(folder.glob("*.json"))
+            for key, text in json.loads(path.read_text(encoding="utf-8")).items()
+        }
+        for folder in sorted(LOCALES.iterdir())
     }
 
 

@@ -76,9 +76,10 @@ def theme() -> gr.themes.Base:
 
 
 def css() -> str:
-    """The page's style sheet; the logo is in it, for Gradio strips drawings out of its texts."""
+    """The page's style sheets, page.css first and then a file a tab; the logo is in them, for
+    Gradio strips drawings out of its texts."""
     logo = base64.b64encode(LOGO.read_bytes()).decode()
-    sheet = (ASSETS / "page.css").read_text(encoding="utf-8")
+    sheet = _joined("page.css", "css")
     return f':root {{ --lmd-logo: url("data:image/svg+xml;base64,{logo}"); }}\n{sheet}'
 
 
@@ -90,5 +91,11 @@ def head(instance: str) -> str:
     """
     settings = {"instance": instance, "fallback": DEFAULT_LOCALE, "messages": script_messages()}
     data = json.dumps(settings, ensure_ascii=False).replace("<", "\\u003c")
-    script = (ASSETS / "page.js").read_text(encoding="utf-8")
+    script = _joined("page.js", "js")
     return f"<script>window.LMDESK = {data};</script><script>{script}</script>"
+
+
+def _joined(first: str, kind: str) -> str:
+    """Texts of all files of a kind in assets/ui/, `first` first."""
+    paths = sorted(ASSETS.glob(f"*.{kind}"), key=lambda path: (path.name != first, path.name))
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
