@@ -33,12 +33,12 @@ def memory_status(engine_pid: int | None, info: ModelInfo | None) -> MemoryStatu
         machine = psutil.virtual_memory()
         used, total = machine.total - machine.available, machine.total
     else:
-        used, total = _gpu_memory(info.tp)
+        used, total = gpu_memory(info.tp)
     kv_cache = info.num_blocks * info.block_size * info.kv_bytes_per_token
     return MemoryStatus(used, total, resident, info.weight_bytes, kv_cache)
 
 
-def _gpu_memory(count: int) -> tuple[int, int]:
+def gpu_memory(count: int) -> tuple[int, int]:
     """(used, total) of the first `count` visible GPUs, other people's processes included.
 
     (0, 0) if the driver does not tell.
