@@ -41,6 +41,8 @@ FLOORS = {
     "backend.chat_formats": 19,
     "backend.template_process": 19,
     "backend.keyfile": 20,
+    "backend.history": 32,
+    "backend.history_file": 20,
     "backend.workspace": 25,
     "backend.import_bin": 26,
     "backend.workspace_commands": 40,
