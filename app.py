@@ -146,7 +146,8 @@ def open_services(args: argparse.Namespace, api_key: str = "") -> Services:
         if os.path.isdir(key) or "://" in key:  # --api-keys takes all words up to the next flag
             raise UserError(f"{key} was read as an API key.", "Name the model before --api-keys.")
     target = os.path.expanduser(getattr(args, "model", str(BUNDLED_MODEL)))
-    is_address = target.rpartition(":")[2].isdigit() and not os.path.exists(target)
+    host, _, port = target.rpartition(":")  # a number alone is the name of a folder
+    is_address = bool(host) and port.isdigit() and not os.path.exists(target)
     if "://" in target or is_address:
         for name in (f.name for cls in (EngineConfig, ChatConfig) for f in fields(cls)):
             if name != "model" and hasattr(args, name):

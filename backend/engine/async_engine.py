@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from multiprocessing.connection import Connection
-from typing import Literal
+from typing import Any, Literal
 
 from backend.config import EngineConfig
 from backend.engine import messages
@@ -168,12 +168,14 @@ class AsyncEngine:
         """Thread: hand every event to the loop, then tell of the engine's end."""
         try:
             while True:
-                event = messages.decode_event(connection.recv_bytes())
-                self._loop.call_soon_threadsafe(self._on_event, event)
+                self._tell(self._on_event, messages.decode_event(connection.recv_bytes()))
         except (EOFError, OSError):
-            pass
+            self._tell(self._on_death, epoch)
+
+    def _tell(self, listener: Callable[[Any], None], what: Any) -> None:
+        """From a thread: have the loop call `listener`."""
         try:
-            self._loop.call_soon_threadsafe(self._on_death, epoch)
+            self._loop.call_soon_threadsafe(listener, what)
         except RuntimeError:
             pass  # the loop is closed: nobody is left to tell
 

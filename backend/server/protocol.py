@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, FailFast, Field, PlainValidator, WithJsonSchema
 
 from backend.chat_template import MAX_MESSAGES
 from backend.config import SamplingParams
@@ -128,6 +128,16 @@ class Message(Strict):
                 "content": self.content}
 
 
+def _as_messages(value: Any) -> Any:
+    """Text alone is what the user says, as the tutorials send it."""
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+Messages = Annotated[
+    list[Message], FailFast(),
+    BeforeValidator(_as_messages, json_schema_input_type=str | list[Message])]
+
+
 class StreamOptions(Strict):
     """What a stream carries besides text."""
 
@@ -145,9 +155,11 @@ class Generation(Strict):
         "safety_identifier": "nothing is recorded about callers",
         "metadata": "nothing is stored",
         "prompt_cache_key": "the prefix cache finds common beginnings by their content",
-        "session_id": "every request carries its whole conversation",
+        "session_id": "every request carries its whole conversation; /v1/chat/interactive keeps it",
+        "renew_session": "every request is a session of its own",
     }
-    neutral = dict(skip_special_tokens=(True,), renew_session=(False,))
+    # LMDeploy's own client sends its leftover arguments as an object named kwargs.
+    neutral = dict(skip_special_tokens=(True,), kwargs=({},))
     parts = {"stream_options": StreamOptions}
 
     model: str | None = described(None, "name of the model; default: the one served", "text")
@@ -215,8 +227,9 @@ class ChatRequest(Generation):
         web_search_options=(), reasoning_effort=(), verbosity=("medium",), store=(False,),
         service_tier=("auto", "default"))
 
-    messages: Annotated[list[Message], FailFast()] = described(
-        ..., "the conversation so far, oldest first", f"a list of 1 to {MAX_MESSAGES} messages",
+    messages: Messages = described(
+        ..., "the conversation so far, oldest first; text alone is a user's message",
+        f"text, or a list of 1 to {MAX_MESSAGES} messages",
         min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = _sampling("max_tokens", "a whole number")
     logprobs: bool | None = described(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from backend.engine.async_engine import AsyncEngine
 from backend.engine.engine import Engine
 from backend.engine.inline import ThreadHandle
 from backend.engine.launcher import ProcessHandle
-from backend.engine.messages import Outputs
+from backend.engine.messages import Outputs, encode
 from backend.engine.types import EngineStats, Request, Sequence, StepOutput
 from backend.errors import EngineDeadError, EngineNotReadyError, UserError
 from tests.fake_model import FakeRunner, fake_engine, fake_info
@@ -299,3 +300,22 @@ def test_no_process_outlives_stop():
             os.kill(pid, 0)
 
     run(test)
+
+
+def test_an_engine_that_speaks_when_the_loop_is_closed_is_heard_by_nobody(monkeypatch):
+    """A process that is slow to end may have sent a step's outputs before it does."""
+    complaints: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", complaints.append)
+    ours, theirs = multiprocessing.Pipe()
+    engine = AsyncEngine(EngineConfig(model="fake"))
+
+    async def start() -> None:
+        engine._loop = asyncio.get_running_loop()
+
+    asyncio.run(start())
+    reader = threading.Thread(target=engine._read, args=(ours, 1))
+    reader.start()
+    theirs.send_bytes(encode(Outputs(1, [], EngineStats())))
+    theirs.close()
+    reader.join(60)
+    assert not reader.is_alive() and not complaints

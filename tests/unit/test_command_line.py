@@ -188,6 +188,7 @@ def test_wrong_paths(refused: Run, model: Path):
     file = model / "config.json"
     sentence = refused("serve", "api_server", file)
     assert str(file) in sentence and "file" in sentence
+    assert "no model folder" in refused("run", "12345")  # a number is no address
 
 
 def test_sizes_that_cannot_be(refused: Run, model: Path):
