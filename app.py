@@ -7,7 +7,7 @@ python app.py chat MODEL                       in the terminal
 python app.py benchmark profile_generation MODEL   how fast it is; docs/benchmarking.md
 python app.py lite auto_awq MODEL              quantize it, and measure how good it is then
 python app.py convert NAME MODEL               make a workspace; MODEL above may be one
-python app.py config show WORKSPACE            its config.ini: every key, and what it does
+python app.py config show MODEL                what it is run with: every key, and what it does
 python app.py download NAMESPACE/NAME          fetch a model; MODEL above may be its id, too
 python app.py list                             the chat formats' names
 """

@@ -103,6 +103,10 @@ class EngineConfig:
                 "Give only one of them.",
                 field="kv_cache_dtype",
             )
+        if self.kv_cache_tokens is not None and self.kv_cache_gb is not None:
+            raise UserError(
+                "kv_cache_tokens and kv_cache_gb are both given.", "Give one.", field="kv_cache_gb"
+            )
 
     @property
     def kv_cache_bits(self) -> int:
@@ -324,6 +328,14 @@ def reference_page() -> str:
         "",
         "Every setting, made from `backend/config.py` by `make docs`. On the command line it",
         "is spelled `--its-name`, in a request body of the API `its_name`.",
+        "",
+        "EngineConfig's can be kept for a model: `config set MODEL quant_policy=8`, or the page's",
+        "Config tab. A workspace keeps them in its [config.ini](config_ini.md); those of a plain",
+        "folder, which may be shared, are in `settings/` of the user's data directory",
+        "(`LMDESK_HOME`, else `~/.local/share/lmdesk`). One order everywhere: a flag that is",
+        "given, then the file, then the default; `config show MODEL` tells which it was. `config",
+        "memory MODEL` tells what the memory will hold, `config undo MODEL` takes up to twenty",
+        "changes back.",
     ]
     for cls in (EngineConfig, ChatConfig, ServerConfig, SamplingParams):
         lines += ["", f"## {cls.__name__}", "", (cls.__doc__ or "").splitlines()[0], ""]

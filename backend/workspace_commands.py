@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backend import config
 from backend.config import EngineConfig, parse_bool
 from backend.errors import UserError
+from backend.workspace.editor import UNDOS
 from backend.workspace.layout import verify, workspace_of
 
 if TYPE_CHECKING:
@@ -43,19 +44,26 @@ def add_commands(group: Any) -> None:
     sub.add_argument("target", metavar="DST", help="where the new model goes")
     _overwrite(sub)
 
-    text = "the config.ini of a workspace"
+    text = "what a model is run with: config.ini of a workspace, own settings for a plain folder"
     kinds = group.add_parser("config", help=text, description=text).add_subparsers(
-        required=True, metavar="show|set|verify"
+        required=True, metavar="show|set|undo|memory|verify"
     )
     text = "every key: its effective value, and where it comes from"
     sub = _command(kinds, "show", text, _show)
-    _workspace(sub)
+    _model(sub)
     config.add_arguments(sub, EngineConfig, positionals=False)
-    sub = _command(kinds, "set", "change values", _set)
-    _workspace(sub)
-    sub.add_argument("changes", metavar="KEY=VALUE", nargs="+", help="keys and their new values")
-    sub = _command(kinds, "verify", "compare every file with the manifest", _verify)
-    _workspace(sub)
+    sub = _command(kinds, "set", "change values; what changes is shown as a diff", _set)
+    _model(sub)
+    text = "keys and their new values; KEY= takes it out, so that its default counts"
+    sub.add_argument("changes", metavar="KEY=VALUE", nargs="+", help=text)
+    text = f"take the last change back, up to {UNDOS} of them"
+    _model(_command(kinds, "undo", text, _undo))
+    text = "what the model will take and hold with these settings, before it is loaded"
+    sub = _command(kinds, "memory", text, _memory)
+    _model(sub)
+    config.add_arguments(sub, EngineConfig, positionals=False)
+    sub = _command(kinds, "verify", "compare every file of a workspace with its manifest", _verify)
+    sub.add_argument("workspace", metavar="WORKSPACE", help="folder that convert made")
 
 
 def _command(group: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
@@ -66,8 +74,9 @@ def _command(group: Any, name: str, text: str, run: Any) -> argparse.ArgumentPar
     return sub
 
 
-def _workspace(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("workspace", metavar="WORKSPACE", help="folder that convert made")
+def _model(sub: argparse.ArgumentParser) -> None:
+    text = "folder of a model, or of a workspace that convert made"
+    sub.add_argument("model", metavar="MODEL", help=text)
 
 
 def _overwrite(sub: argparse.ArgumentParser) -> None:
@@ -112,20 +121,25 @@ def _import(args: argparse.Namespace) -> int:
     return 0
 
 
-def _root(workspace: str) -> Path:
-    root = workspace_of(workspace)
-    if root is None:
-        raise UserError(
-            f"{workspace} is no workspace.", "Make one with: python app.py convert NAME MODEL"
-        )
-    return root
+def _folder(args: argparse.Namespace) -> str:
+    folder: str = os.path.expanduser(args.model)
+    if not os.path.isdir(folder):
+        raise UserError(f"{args.model} is no folder.", "Name a model or a workspace.")
+    return folder
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """EngineConfig's fields that flags were given for."""
+    names = (f.name for f in fields(EngineConfig) if f.name != "model")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def _show(args: argparse.Namespace) -> int:
-    from backend.workspace.settings import show
+    from backend.workspace.settings import settings_of, show
 
-    given = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if hasattr(args, f.name)}
-    print(table(show(_root(args.workspace), given)))
+    folder = _folder(args)
+    print(table(show(folder, _given(args))))
+    print(f"File: {settings_of(folder).path}")
     return 0
 
 
@@ -146,8 +160,8 @@ def table(rows: list[Row]) -> str:
 
 
 def _set(args: argparse.Namespace) -> int:
-    from backend.workspace.keys import KEYS
-    from backend.workspace.settings import edit
+    from backend.workspace.editor import save
+    from backend.workspace.settings import settings_of
 
     changes = {}
     for word in args.changes:
@@ -155,16 +169,41 @@ def _set(args: argparse.Namespace) -> int:
         if not equals:
             raise UserError(f"{word!r:.80} is no KEY=VALUE.", "Such as: session_len=4096")
         changes[key.strip()] = value.strip()
-    ini = edit(_root(args.workspace), changes)
+    file = settings_of(_folder(args))
+    saved = save(file, changes)
+    print(saved.diff or "Nothing changes.")
     for key in changes:
-        effect = " (without effect)" if KEYS[key].kind == "legacy" else ""
-        print(f"{key} = {ini.values[key]}{effect}")
-    print(f"{ini.path}: takes effect when the model is loaded next.")
+        if file.keys[key].kind == "legacy":
+            print(f"{key} is without effect.")
+    print(f"{file.path}: takes effect when the model is loaded next.")
+    return 0
+
+
+def _undo(args: argparse.Namespace) -> int:
+    from backend.workspace.editor import undo
+    from backend.workspace.settings import settings_of
+
+    print(undo(settings_of(_folder(args))))
+    return 0
+
+
+def _memory(args: argparse.Namespace) -> int:
+    from backend.footprint import fit, measure
+    from backend.workspace.settings import engine_options
+
+    folder, given = _folder(args), _given(args)
+    options = EngineConfig(**{**engine_options(folder, given), **given, "model": folder})
+    config.validate(options)
+    print(fit(measure(options), options).describe())
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    root = _root(args.workspace)
+    root = workspace_of(args.workspace)
+    if root is None:
+        raise UserError(
+            f"{args.workspace} is no workspace.", "Make one with: python app.py convert NAME MODEL"
+        )
     count = verify(root, again=True)
     print(f"{root}: all {count} files are as convert wrote them.")
     return 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backend.config import EngineConfig
-from backend.engine import kv_cache, messages, sampler
+from backend.engine import kv_cache, kv_plan, messages, sampler
 from backend.engine.cuda_graph import DecodeSteps
 from backend.engine.kv_cache import KVShape
 from backend.engine.ranks import resolve_device
@@ -73,7 +73,7 @@ class ModelRunner:
         self._parallel = parallel
         self._peers = peers
         model_config = read_model_config(config.model)
-        dtype = _dtype(config, model_config, self.device)
+        dtype = compute_dtype(config, model_config, self.device)
         self.model, _ = load_model(
             config.model, dtype, self.device, parallel, config.session_len,
             batch_invariant=config.batch_invariant,
@@ -237,7 +237,7 @@ class ModelRunner:
         free = kv_cache.free_memory(self.device)
         if self.device.type == "cpu":
             free //= config.tp  # the ranks share one machine's memory
-        num_blocks = kv_cache.plan_blocks(
+        num_blocks = kv_plan.plan_blocks(
             config, shape.bytes_per_token, longest, free, step_bytes
         )
         # All ranks must mean the same block by the same number.
@@ -249,7 +249,7 @@ class ModelRunner:
             device=name,
             dtype=str(shape.dtype).split(".")[-1],
             vocab_size=model_config.vocab_size,
-            session_len=kv_cache.usable_session_len(num_blocks, self.block_size, longest),
+            session_len=kv_plan.usable_session_len(num_blocks, self.block_size, longest),
             max_batch_size=config.max_batch_size,
             num_blocks=num_blocks,
             block_size=self.block_size,
@@ -331,7 +331,10 @@ def _report(info: ModelInfo, load_s: float, prepare_s: float, total_s: float) ->
     log.info("Started in %.1f s: weights %.1f s%s", total_s, load_s, graphs)
 
 
-def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+def compute_dtype(
+    config: EngineConfig, model: ModelConfig, device: torch.device
+) -> torch.dtype:
+    """What an engine computes in."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     stored: torch.dtype = getattr(torch, model.dtype)

@@ -120,10 +120,31 @@ def _slots(
 
 
 def create_shell(
-    config: ModelConfig, parallel: ParallelContext, session_len: int | None = None
+    config: ModelConfig,
+    parallel: ParallelContext,
+    session_len: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Decoder:
     """A decoder without memory for weights, which knows its tensors' names and shapes."""
-    return _create(config, torch.float32, torch.device("meta"), parallel, session_len)
+    return _create(config, dtype, torch.device("meta"), parallel, session_len)
+
+
+def weight_bytes(
+    config: ModelConfig, parallel: ParallelContext, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes that one rank's weights will take, loaded to compute in `dtype` on `device`."""
+    shell = create_shell(config, parallel, dtype=dtype)
+    if config.quantization is None or config.quantization.method != "awq":
+        return shell.weight_bytes()
+    if has_w4_kernel(dtype, device):
+        return shell.weight_bytes()
+    unpacked = 0
+    for name, parameter in shell.named_parameters():
+        if name.endswith(".qweight"):  # eight numbers in each
+            unpacked += 8 * parameter.numel() * dtype.itemsize
+        elif not name.endswith((".scales", ".qzeros")):
+            unpacked += parameter.numel() * dtype.itemsize
+    return unpacked
 
 
 def check_dtype(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -169,6 +190,13 @@ def build_model(
     return decoder
 
 
+def has_w4_kernel(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `device` multiplies by 4-bit weights as they are."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "meta" or cpu_has_w4(dtype)
+
+
 def linear_method(
     config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> LinearMethod:
@@ -178,10 +206,7 @@ def linear_method(
         return UnquantizedMethod()
     if quantization.method == "smooth_quant":
         return SmoothQuantMethod(quantization.not_converted)
-    on_cpu = device.type == "cpu"
-    has_kernel = device.type == "meta" or (on_cpu and cpu_has_w4(dtype)) or (
-        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    has_kernel = has_w4_kernel(dtype, device)
     if not has_kernel:
         log.warning(
             "4-bit weights are unpacked to %s and take the memory and the time of such a model's: "
@@ -193,7 +218,7 @@ def linear_method(
         quantization.group_size,
         quantization.not_converted,
         None if has_kernel else dtype,
-        pack_runs if on_cpu else pack_tiles,
+        pack_runs if device.type == "cpu" else pack_tiles,
     )
 
 

@@ -18,36 +18,38 @@ _ENTRY = re.compile(r"(\s*([^\s=:#;\[][^=:]*?)\s*[=:][ \t]*)(.*?)(\s*|\s+[#;].*)
 
 
 class ConfigIni:
-    """The lines of a config.ini, and the values in its section [llama].
+    """The lines of a config.ini, and the values in its section.
 
     Args:
         text: of the file.
         path: for messages, and where `write` writes to.
+        section: the one that counts; all others are kept as they are.
 
     Attributes:
         values: key -> text after the "=", without a comment.
 
     Raises:
-        UserError: no section [llama], a key twice, or a line that is nothing.
+        UserError: no such section, a key twice, or a line that is nothing.
     """
 
-    def __init__(self, text: str, path: Path) -> None:
+    def __init__(self, text: str, path: Path, section: str = SECTION) -> None:
         self.path = path
+        self.section = section
         self._lines = re.split(r"(?<=\n)", text)  # not splitlines: it parts at U+2028 and others
         self._at: dict[str, int] = {}
         self.values: dict[str, str] = {}
-        section, found = "", False
+        current, found = "", False
         for number, line in enumerate(self._lines):
             content = line.rstrip("\r\n").removeprefix("\ufeff")
             if not content.strip() or content.lstrip()[0] in "#;":
                 continue
             if header := _HEADER.fullmatch(content):
-                section = header[1].strip()
-                found = found or section == SECTION
-            elif section == SECTION:
+                current = header[1].strip()
+                found = found or current == section
+            elif current == section:
                 self._read_entry(number, content)
         if not found:
-            raise UserError(f"{path} has no section [{SECTION}].", "Its keys belong under it.")
+            raise UserError(f"{path} has no section [{section}].", "Its keys belong under it.")
 
     def _read_entry(self, number: int, content: str) -> None:
         entry = _ENTRY.fullmatch(content)
@@ -86,7 +88,7 @@ class ConfigIni:
             after = next(
                 number for number, line in enumerate(self._lines)
                 if (header := _HEADER.fullmatch(line.rstrip("\r\n").removeprefix("\ufeff")))
-                and header[1].strip() == SECTION
+                and header[1].strip() == self.section
             )
         end = "\r\n" if self._lines[after].endswith("\r\n") else "\n"
         if not self._lines[after].endswith("\n"):
@@ -94,6 +96,15 @@ class ConfigIni:
         self._lines.insert(after + 1, f"{key} = {value}{end}")
         self._at = {name: at + (at > after) for name, at in self._at.items()}
         self._at[key] = after + 1
+
+    def remove(self, key: str) -> None:
+        """Take a key's line out, if it has one; then its default counts."""
+        number = self._at.pop(key, None)
+        if number is None:
+            return
+        del self.values[key]
+        del self._lines[number]
+        self._at = {name: at - (at > number) for name, at in self._at.items()}
 
     @property
     def text(self) -> str:
@@ -122,7 +133,7 @@ class ConfigIni:
             raise UserError(f"{self.path} cannot be written: {error.strerror}.") from error
 
 
-def read_ini(path: Path) -> ConfigIni:
+def read_ini(path: Path, section: str = SECTION) -> ConfigIni:
     """The config.ini at `path`.
 
     Raises:
@@ -130,11 +141,11 @@ def read_ini(path: Path) -> ConfigIni:
     """
     try:
         if not path.exists():
-            raise UserError(f"{path} is missing.", "Put it back: a line [llama] is enough.")
+            raise UserError(f"{path} is missing.", f"Put it back: a line [{section}] is enough.")
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path} is no config.ini: not a regular file, or too large.")
         with open(path, encoding="utf-8", newline="") as file:
-            return ConfigIni(file.read(), path)
+            return ConfigIni(file.read(), path, section)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -1,23 +1,31 @@
-"""config.ini's keys, once: what each is, what it may be, and what it does here."""
+"""Keys of settings' files, once: what each is, what it may be, and what it does here.
+
+KEYS are those of a workspace's config.ini, ENGINE_KEYS those of the file that keeps what is set for
+a plain folder: EngineConfig's fields by their own names.
+"""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import math
-from dataclasses import dataclass
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
+from backend.config import EngineConfig, base_type, parse_bool
 from backend.errors import UserError
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of section [llama].
+    """One key of a settings' file.
 
     Attributes:
         kind: "model" and "weights": what the weights decide, so nobody may change it; "engine":
             a setting of EngineConfig; "legacy": kept, and without effect.
-        type: int, float or str. Switches are 0 and 1, as LMDeploy has them.
+        type: int, float, str or bool. config.ini's switches are 0 and 1, as LMDeploy has them.
         help: for people.
         fields: of EngineConfig that the key speaks of. A flag for any of them wins over the key.
         default: what `convert` writes; None where that depends on the model. A legacy key's is
@@ -33,6 +41,7 @@ class Key:
     low: float | None = None
     high: float | None = None
     choices: tuple[Any, ...] = ()
+    file: str = "config.ini"  # for messages
 
     @property
     def locked(self) -> bool:
@@ -47,11 +56,11 @@ class Key:
         value: Any = text
         try:
             if self.type is not str:
-                value = self.type(text)
+                value = parse_bool(text) if self.type is bool else self.type(text)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError
-        except ValueError:
-            what = {int: "a whole number", float: "a number"}[self.type]
+        except (ValueError, argparse.ArgumentTypeError):
+            what = {int: "a whole number", float: "a number", bool: "true or false"}[self.type]
             raise self.refusal(f"must be {what}", text) from None
         if self.choices and value not in self.choices:
             raise self.refusal(f"must be one of {', '.join(map(str, self.choices))}", text)
@@ -63,10 +72,12 @@ class Key:
 
     def refusal(self, rule: str, text: str) -> UserError:
         """`text` does not keep to `rule`."""
-        return UserError(f"config.ini: {self.name} {rule}, not {text!r:.80}.", field=self.name)
+        return UserError(f"{self.file}: {self.name} {rule}, not {text!r:.80}.", field=self.name)
 
     def show(self, value: Any) -> str:
-        """As config.ini spells it."""
+        """As the file spells it."""
+        if self.type is bool:
+            return "true" if value else "false"
         return str(int(value)) if isinstance(value, bool) else str(value)
 
 
@@ -130,20 +141,41 @@ KEYS: dict[str, Key] = {
 }  # fmt: skip
 
 
-def known_key(name: str) -> Key:
+def _engine_keys() -> dict[str, Key]:
+    hints = typing.get_type_hints(EngineConfig)
+    keys = {}
+    for f in fields(EngineConfig):
+        if f.metadata["positional"]:
+            continue
+        kind, _ = base_type(hints[f.name])
+        # One flag of a group speaks for all of it, and the field's own is named first.
+        group = next((group for group in (KV, POOL) if f.name in group), ())
+        names = (f.name, *(name for name in group if name != f.name))
+        meta = f.metadata
+        keys[f.name] = Key(
+            f.name, "engine", kind, meta["help"], names, f.default, meta["low"], meta["high"],
+            meta["choices"] or (), "settings",
+        )  # fmt: skip
+    return keys
+
+
+ENGINE_KEYS = _engine_keys()
+
+
+def known_key(name: str, keys: Mapping[str, Key] = KEYS) -> Key:
     """The key called `name`.
 
     Raises:
         UserError: there is none; names the nearest.
     """
-    if name not in KEYS:
-        near = difflib.get_close_matches(name, KEYS, 1)
+    if name not in keys:
+        near = difflib.get_close_matches(name, keys, 1)
         raise UserError(
-            f"config.ini has no key {name!r:.80}.",
+            f"There is no key {name!r:.80}.",
             f"Did you mean {near[0]}?" if near else "`config show` lists them all.",
             field=name,
         )
-    return KEYS[name]
+    return keys[name]
 
 
 def reference_page() -> str:

@@ -14,9 +14,10 @@ from backend.benchmark.settings import engine_config
 from backend.config import EngineConfig
 from backend.errors import UserError
 from backend.workspace.config_ini import ConfigIni, read_ini
+from backend.workspace.editor import save
 from backend.workspace.keys import KEYS, reference_page
 from backend.workspace.layout import CONFIG_INI, MANIFEST, TOKENIZER, Manifest, record
-from backend.workspace.settings import edit, engine_options, model_name, show
+from backend.workspace.settings import engine_options, model_name, settings_of, show
 
 # As the hands-on tutorial prints it (its section 2.6.2).
 TUTORIAL = """\
@@ -55,6 +56,12 @@ LOCKED = {
     for name, text in ConfigIni(TUTORIAL, Path("config.ini")).values.items()
     if KEYS[name].locked
 }
+
+
+def edit(workspace: Path, changes: dict[str, str]) -> None:
+    save(settings_of(workspace), changes)
+
+
 word = st.text(st.sampled_from("abcxyz_0189.-+ é漢"), min_size=1).map(str.strip).filter(bool)
 blank = st.sampled_from(["", "  ", "\t"])
 note = st.sampled_from(["", "  # why; not", " ; 注释", "   "])
@@ -119,6 +126,9 @@ def test_setting_changes_one_value_and_no_other_byte(entries, value, end, bom, l
     if name in before:
         ini.set(name, before[name])
         assert ini.text == text
+    elif last_end:
+        ini.remove(name)
+        assert ini.text == text and ini.values == before
 
 
 @pytest.mark.parametrize(
@@ -232,7 +242,8 @@ def test_editing(workspace):
     assert "session_len = 4096  # 长度\n" in text and "own = x\n" in text
     assert text.endswith("own = x\nkv_cache_dtype = int8\n")
     assert path.stat().st_mode & 0o777 == 0o640
-    assert [p.name for p in path.parent.iterdir()] == ["config.ini"]  # no drafts
+    drafts = [p.name for p in path.parent.glob(".config.ini.*")]
+    assert drafts == [".config.ini.undo"]
     edit(workspace, {"head_num": "32"})  # what it is already
 
 

@@ -34,6 +34,7 @@ FLOORS = {
     "backend.chat_template": 20,
     "backend.detokenizer": 20,
     "backend.memory": 25,
+    "backend.footprint": 26,
     "backend.remote_http": 28,
     "backend.hub": 29,
     "backend.hub_commands": 40,

@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from backend.config import EngineConfig
-from backend.engine.kv_cache import (
-    KVShape,
-    allocate,
-    plan_blocks,
-    prefill_copy_bytes,
-    usable_session_len,
-)
+from backend.engine.kv_cache import KVShape, allocate, prefill_copy_bytes
+from backend.engine.kv_plan import plan_blocks, usable_session_len
 from backend.errors import UserError
 
 LLAMA_7B = KVShape(32, 32, 128, torch.float16, 0)

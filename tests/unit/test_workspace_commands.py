@@ -45,7 +45,7 @@ def test_from_convert_to_what_is_served(model, tmp_path, capfd, monkeypatch):
     weights = tmp_path / "workspace" / "triton_models" / "weights"
     said = run(capfd, "config", "set", "workspace", "quant_policy=4", "session_len = 128",
                "cache_chunk_size=1")  # fmt: skip
-    assert "session_len = 128\n" in said and "cache_chunk_size = 1 (without effect)" in said
+    assert "+session_len = 128\n" in said and "cache_chunk_size is without effect" in said
     shown = run(capfd, "config", "show", weights, "--max_batch_size", 5).splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in shown}
     assert rows["session_len"][:2] == ["128", "config.ini"]
@@ -90,8 +90,10 @@ def test_kv_scales_as_the_tutorials_have_them(model, tmp_path, capfd, monkeypatc
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["config", "show", "MODEL"], "is no workspace"),
-        (["config", "set", "MODEL", "a=b"], "is no workspace"),
+        (["config", "show", "nowhere"], "nowhere is no folder"),
+        (["config", "set", "MODEL", "a=b"], "There is no key 'a'"),
+        (["config", "set", "MODEL", "kv_cache_gb=1", "kv_cache_tokens=64"], "both given"),
+        (["config", "undo", "MODEL"], "no change to settings left"),
         (["config", "verify", "nowhere"], "is no workspace"),
         (["config", "set", "MODEL", "session_len"], "no KEY=VALUE"),
         (["convert", "tiny", "MODEL", "--tp", "0"], "tp must be from 1 to 64"),
@@ -102,7 +104,27 @@ def test_kv_scales_as_the_tutorials_have_them(model, tmp_path, capfd, monkeypatc
         (["import", "MODEL", "new"], "nothing need be imported"),
     ],
 )
-def test_bad_command_lines(model, tmp_path, capfd, monkeypatch, argv, words):
+def test_bad_command_lines(
+    model, tmp_path, tmp_path_factory, capfd, monkeypatch, argv, words
+):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LMDESK_HOME", str(tmp_path_factory.mktemp("home")))
     assert words in refused(capfd, *(word.replace("MODEL", str(model)) for word in argv))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_settings_of_a_plain_folder(model, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("LMDESK_HOME", str(tmp_path / "home"))
+    said = run(capfd, "config", "set", model, "quant_policy=8", "max_batch_size = 3")
+    assert "+quant_policy = 8" in said and "loaded next" in said
+    assert "160 bytes a token, 8 bits" in run(capfd, "config", "memory", model, "--device", "cpu")
+    said = run(capfd, "config", "memory", model, "--device", "cpu", "--quant-policy", 0)
+    assert "bytes a token, 32 bits" in said
+    args = app.parse(["chat", str(model), "--inline"])
+    services = app.open_services(args)
+    assert services.local is not None
+    config = services.local.engine.config
+    assert (config.kv_cache_bits, config.max_batch_size) == (8, 3)
+    services.local.template.close()
+    assert "-quant_policy = 8" in run(capfd, "config", "undo", model)
+    assert "quant_policy           0 " in run(capfd, "config", "show", model)
