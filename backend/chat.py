@@ -49,12 +49,14 @@ class TokenText:
 
 @dataclass(slots=True)
 class Delta:
-    """A piece of a reply. The last one carries `finish_reason` and `stats`."""
+    """A piece of a reply. The last one carries `finish_reason` and `stats`; `num_tokens` is what
+    the reply has so far, where that is known."""
 
     text: str = ""
     finish_reason: Literal["stop", "length"] | None = None
     logprobs: list[TokenText] | None = None
     stats: ReplyStats | None = None
+    num_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -108,7 +110,8 @@ class ChatService:
         self.tokenizer = tokenizer
         self.template = template
         self.model_name = model_name
-        ids, self._stop = template.stops(tokenizer)
+        ids, stop = template.stops(tokenizer)
+        self.stop = tuple(stop)  # texts that end a turn by the chat template
         self._eos = list(dict.fromkeys((*tokenizer.eos_token_ids, *ids)))
         self._clock = clock
 
@@ -150,7 +153,7 @@ class ChatService:
     ) -> AsyncGenerator[Delta, None]:
         """See `ChatBackend.stream`; `cache_salt` as in `Request`."""
         prompt = await self.encode_chat(messages)
-        stop = (*stop, *self._stop)
+        stop = (*stop, *self.stop)
         deltas = self.stream_ids(prompt, sampling, stop=stop, cache_salt=cache_salt)
         async with aclosing(deltas):  # an abandoned generator would abort only when collected
             async for delta in deltas:
@@ -163,6 +166,7 @@ class ChatService:
         *,
         stop: Sequence[str] = (),
         cache_salt: str = "",
+        skip_special_tokens: bool = True,
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of the reply to token ids.
 
@@ -180,7 +184,7 @@ class ChatService:
             self._eos,
             cache_salt,
         )
-        text = Detokenizer(self.tokenizer, stop=stop)
+        text = Detokenizer(self.tokenizer, stop, skip_special_tokens)
         stats = ReplyStats(len(prompt_token_ids), 0)
         first = started
         async with aclosing(self.engine.generate(request)) as outputs:
@@ -191,6 +195,7 @@ class ChatService:
                 stats.completion_tokens += len(output.token_ids)
                 stats.cached_tokens = max(stats.cached_tokens, output.num_cached_tokens)
                 delta = self._delta(output, text)
+                delta.num_tokens = stats.completion_tokens
                 if delta.finish_reason:  # a stop string ends it before the engine knows
                     seconds = now - first
                     if stats.completion_tokens > 1 and seconds > 0:

@@ -12,19 +12,23 @@ class Detokenizer:
     """Turns one reply's tokens into text as they come.
 
     However the ids are split over calls of `add`, the pieces and `finish` together are
-    `tokenizer.decode(ids)`, cut where the first of the stop strings begins.
+    `tokenizer.decode(ids, skip_special_tokens)`, cut where the first of the stop strings begins.
 
     Args:
-        tokenizer: gives each token's bytes; its special tokens have no text.
+        tokenizer: gives each token's bytes.
         stop: strings that end the reply and are not part of it.
+        skip_special_tokens: these have no text; else they show as they are spelled.
 
     Attributes:
         stopped: the stop string that was met, or None so far. The shortest, if several begin at
             the same place.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._stop = sorted(filter(None, stop), key=len)
         self.stopped: str | None = None
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -34,8 +38,7 @@ class Detokenizer:
     def add(self, token_ids: Iterable[int]) -> str:
         """Text that is certain after these ids too; "" once a stop string was met."""
         raw = b"".join(
-            self._tokenizer.token_bytes(i) for i in token_ids
-            if i not in self._tokenizer.special_ids)
+            self._tokenizer.token_bytes(i) for i in token_ids if i not in self._skipped)
         return self._release(self._utf8.decode(self._strip(raw)), final=False)
 
     def finish(self) -> str:

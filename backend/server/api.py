@@ -1,4 +1,4 @@
-"""The web application: guard, status and, with an engine of our own, the OpenAI routes.
+"""The web application: guard, status and, with an engine of our own, the routes of the API.
 
 The page is mounted on the same application afterwards, at "/", so that one port (and one tunnel)
 serves people and programs, and one guard stands before both.
@@ -18,13 +18,15 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Match, Route
 
 from backend.config import ServerConfig
-from backend.server import protocol
+from backend.server import lmdeploy_protocol, protocol
 from backend.server.auth import Guard
 from backend.server.docs import api_page, body_schema, openapi_schema
 from backend.server.failures import error_body, install_error_handlers
 from backend.server.limits import Admission, Limits
+from backend.server.lmdeploy_routes import LMDeployRoutes
 from backend.server.metrics import CONTENT_TYPE, CountRequests, Metrics
 from backend.server.openai_routes import OpenAIRoutes
+from backend.server.sessions import Sessions
 
 if TYPE_CHECKING:
     from backend.chat import ChatBackend, ChatService
@@ -66,6 +68,7 @@ def create_app(
     *,
     sampling_defaults: Mapping[str, Any] | None = None,
     admission: Admission | None = None,
+    sessions: Sessions | None = None,
     docs_at_root: bool = False,
 ) -> FastAPI:
     """The application over an engine of our own.
@@ -76,6 +79,8 @@ def create_app(
         sampling_defaults: the model's own defaults (generation_config.json), fields of
             `SamplingParams`.
         admission: how much work may be open at a time; by default with the usual `Limits`.
+        sessions: keeps the conversations of /v1/chat/interactive; by default as many and as long
+            as is usual.
         docs_at_root: the API page at "/" too, where the tutorials' users look for it; not for an
             application that gets the page there.
 
@@ -84,7 +89,8 @@ def create_app(
     """
     engine, defaults = chat.engine, dict(sampling_defaults or {})
     metrics = Metrics(lambda: engine.stats, lambda: engine.info.num_blocks if engine.info else 0)
-    routes = OpenAIRoutes(chat, admission or Admission(Limits()), metrics, defaults)
+    work = chat, admission or Admission(Limits()), metrics, defaults
+    routes, lmdeploy = OpenAIRoutes(*work), LMDeployRoutes(*work, sessions or Sessions())
     page = api_page(chat.model_name, config.server_port, defaults, bool(config.api_keys))
 
     async def metrics_text(request: Request) -> Response:
@@ -106,6 +112,10 @@ def create_app(
                       openapi_extra=body_schema(protocol.ChatRequest))
     app.add_api_route("/v1/completions", routes.completions, methods=["POST"],
                       openapi_extra=body_schema(protocol.CompletionRequest))
+    app.add_api_route("/v1/chat/interactive", lmdeploy.interactive, methods=["POST"],
+                      openapi_extra=body_schema(lmdeploy_protocol.InteractiveRequest))
+    app.add_api_route("/v1/encode", lmdeploy.encode, methods=["POST"],
+                      openapi_extra=body_schema(lmdeploy_protocol.EncodeRequest))
     app.add_api_route("/metrics", metrics_text, methods=["GET"])
     for path in ("/docs", "/") if docs_at_root else ("/docs",):
         app.add_api_route(path, docs, methods=["GET"], include_in_schema=False)

@@ -15,10 +15,13 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import BaseRoute
 
 from backend.config import SamplingParams
+from backend.server.lmdeploy_protocol import EncodeRequest, InteractiveRequest
 from backend.server.protocol import ChatRequest, CompletionRequest, Message, StreamOptions
 from backend.server.strict import Strict, expects
 
 _REF = "#/components/schemas/{model}"
+_BODIES: tuple[type[Strict], ...] = (
+    ChatRequest, CompletionRequest, InteractiveRequest, EncodeRequest)
 
 
 def openapi_schema(routes: Sequence[BaseRoute]) -> dict[str, Any]:
@@ -28,7 +31,7 @@ def openapi_schema(routes: Sequence[BaseRoute]) -> dict[str, Any]:
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own way to refuse, not ours
     _, bodies = models_json_schema(
-        [(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template=_REF)
+        [(body, "validation") for body in _BODIES], ref_template=_REF)
     schema["components"] = {"schemas": bodies["$defs"]}
     return schema
 
@@ -95,12 +98,15 @@ for chunk in stream:
     return _PAGE.format(
         model=escape(model), routes=routes, curl=escape(curl), python=escape(python),
         chat=_table(ChatRequest, defaults), completions=_table(CompletionRequest, defaults),
-        message=_table(Message, {}), stream_options=_table(StreamOptions, {}))
+        message=_table(Message, {}), stream_options=_table(StreamOptions, {}),
+        interactive=_table(InteractiveRequest, defaults), encode=_table(EncodeRequest, {}))
 
 
 _ROUTES = (
     ("POST", "/v1/chat/completions", "the assistant's next turn"),
     ("POST", "/v1/completions", "the continuation of a text"),
+    ("POST", "/v1/chat/interactive", "LMDeploy's: the next turn of a conversation kept here"),
+    ("POST", "/v1/encode", "LMDeploy's: the token ids of a text"),
     ("GET", "/v1/models", "the served model"),
     ("GET", "/v1/models/{model}", "the same, by its name"),
     ("GET", "/health", "200 while the engine is idle or makes progress, else 503; needs no key"),
@@ -129,8 +135,9 @@ thead th {{ font-weight: 600; }}
 }}
 </style></head><body>
 <h1>LMDesk API</h1>
-<p>OpenAI's interface, for the model <code>{model}</code>. Any OpenAI client works; numbers must be
-numbers, and unknown fields are refused by name, so that no setting is lost by a slip.</p>
+<p>OpenAI's interface, and LMDeploy's, for the model <code>{model}</code>. Any OpenAI client works;
+numbers must be numbers, and unknown fields are refused by name, so that no setting is lost by a
+slip.</p>
 <h2>Routes</h2>
 <table><tbody>{routes}</tbody></table>
 <h2>Examples</h2>
@@ -144,14 +151,24 @@ numbers, and unknown fields are refused by name, so that no setting is lost by a
 {stream_options}
 <h2>POST /v1/completions</h2>
 {completions}
-<h2>Streams</h2>
+<h2>POST /v1/chat/interactive</h2>
+<p>The server keeps the conversation: send what is new. Sessions belong to their API key, answer one
+request at a time (409 <code>session_busy</code>) and end when <code>interactive_mode</code> is
+false, or after an hour without use. The answer is
+<code>{{"text", "tokens", "finish_reason"}}</code>; a stream has one such line of JSON for each
+piece, without <code>data:</code>.</p>
+{interactive}
+<h2>POST /v1/encode</h2>
+<p>The answer is <code>{{"input_ids", "length"}}</code>, lists of these for a list of texts.</p>
+{encode}
+<h2>Streams of OpenAI's routes</h2>
 <p>With <code>"stream": true</code> the answer comes as server-sent events and ends with
 <code>data: [DONE]</code>. If something fails on the way, the last event is
 <code>data: {{"error": ...}}</code> instead. Closing the connection ends the work at once.</p>
 <h2>Errors</h2>
 <p><code>{{"error": {{"message", "type", "param", "code"}}}}</code> with a true status: 400 bad
 input (<code>param</code> names the field), 401 no or a wrong key, 404 unknown route or model, 405,
-413 a body over 2 MB, 429 too many open replies of one key, 503 the queue is full or the model is
-not ready (<code>Retry-After</code> says when to ask again).</p>
+409 a busy session, 413 a body over 2 MB, 429 too many open replies or sessions of one key, 503 the
+queue is full or the model is not ready (<code>Retry-After</code> says when to ask again).</p>
 </body></html>
 """

@@ -22,6 +22,7 @@ from backend.server.metrics import Metrics
 from backend.server.protocol import ChatRequest, CompletionRequest, Generation
 from backend.server.replies import ChatReply, CompletionReply, Reply, usage
 from backend.server.strict import parse, show
+from backend.server.timed import timed_reply
 
 if TYPE_CHECKING:
     from backend.chat import ChatService, Delta, ReplyStats, TokenText
@@ -70,7 +71,9 @@ class OpenAIRoutes:
         async with AsyncExitStack() as stack:
             ticket = stack.enter_context(self.admission.admit(caller(request), body.num_replies))
             prompts = [await self.chat.encode_chat(messages)]
-            return await self._answer(request, body, reply, prompts, sampling, ticket, stack)
+            stop = (*body.stop, *self.chat.stop)
+            return await self._answer(
+                request, body, reply, prompts, sampling, stop, ticket, stack)
 
     async def completions(self, request: Request) -> Response:
         """The continuation of a text."""
@@ -84,7 +87,8 @@ class OpenAIRoutes:
             reply = CompletionReply(
                 self.chat.model_name, body.num_replies, body.include_usage, echoes)
             try:
-                return await self._answer(request, body, reply, prompts, sampling, ticket, stack)
+                return await self._answer(
+                    request, body, reply, prompts, sampling, body.stop, ticket, stack)
             except UserError as error:
                 if error.field == "messages":  # as the chat service calls what it was given
                     error.field = "prompt"
@@ -124,15 +128,17 @@ class OpenAIRoutes:
         reply: Reply,
         prompts: list[list[int]],
         sampling: SamplingParams,
+        stop: tuple[str, ...],
         ticket: Ticket,
         stack: AsyncExitStack,
     ) -> Response:
         """Run `n` replies to each prompt. `stack` holds what must end with the request."""
         n = body.num_replies
         ticket.set_prompts([len(prompt) for prompt in prompts for _ in range(n)])
-        salt = caller(request)
         deltas = await stack.enter_async_context(aclosing(sse.interleave([
-            self._one(prompt, _nth_seed(sampling, i), body.stop, salt, ticket)
+            timed_reply(
+                self.chat, self.metrics, ticket, prompt, _nth_seed(sampling, i), stop=stop,
+                salt=caller(request), skip_special_tokens=body.skips_special)
             for prompt in prompts for i in range(n)])))
         count = n * len(prompts)
         if not body.stream:
@@ -142,27 +148,6 @@ class OpenAIRoutes:
         # Headers wait for the first event: bad input and a dead engine get their true status.
         first = await sse.until_gone(request.receive, anext(events))
         return sse.EventStream(first, events, stack.pop_all())
-
-    async def _one(
-        self, prompt: list[int], sampling: SamplingParams, stop: tuple[str, ...], salt: str,
-        ticket: Ticket,
-    ) -> AsyncGenerator[Delta, None]:
-        """One reply, timed."""
-        started = last = self.metrics.clock()
-        waiting = True
-        stream = self.chat.stream_ids(prompt, sampling, stop=stop, cache_salt=salt)
-        async with aclosing(stream):
-            async for delta in stream:
-                now = self.metrics.clock()
-                if waiting:
-                    waiting = False
-                    ticket.started(len(prompt))
-                    self.metrics.first_token.observe(now - started)
-                else:
-                    self.metrics.between.observe(now - last)
-                last = now
-                yield delta
-        self.metrics.whole.observe(last - started)
 
 
 def _nth_seed(sampling: SamplingParams, i: int) -> SamplingParams:

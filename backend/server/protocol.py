@@ -26,7 +26,7 @@ MAX_TOKEN_IDS = 1024  # in stop_token_ids and logit_bias
 _SAMPLING = {f.name: f.metadata for f in fields(SamplingParams)}
 
 
-def _sampling(name: str, kind: str = "a number") -> Any:
+def sampling_field(name: str, kind: str = "a number") -> Any:
     """A field with help and bounds of `SamplingParams.name`."""
     meta = _SAMPLING[name]
     low, high = meta["low"], meta["high"]
@@ -37,7 +37,7 @@ def _sampling(name: str, kind: str = "a number") -> Any:
     return described(None, meta["help"], kind, ge=low, le=high)
 
 
-def _parse_stop(value: Any) -> tuple[str, ...]:
+def parse_stop(value: Any) -> tuple[str, ...]:
     if value is None or value is False:
         return ()
     stops = [value] if isinstance(value, str) else value
@@ -99,7 +99,7 @@ def _parse_prompt(value: Any) -> list[str | list[int]]:
 _TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _IDS = {"type": "array", "items": {"type": "integer"}}
 
-Stop = Annotated[tuple[str, ...], PlainValidator(_parse_stop), WithJsonSchema(
+Stop = Annotated[tuple[str, ...], PlainValidator(parse_stop), WithJsonSchema(
     {"anyOf": [*_TEXTS["anyOf"], {"const": False}, {"type": "null"}]})]
 LogitBias = Annotated[dict[int, float], PlainValidator(_parse_logit_bias), WithJsonSchema(
     {"anyOf": [{"type": "object", "additionalProperties": {"type": "number"}}, {"type": "null"}]})]
@@ -128,14 +128,14 @@ class Message(Strict):
                 "content": self.content}
 
 
-def _as_messages(value: Any) -> Any:
+def as_messages(value: Any) -> Any:
     """Text alone is what the user says, as the tutorials send it."""
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
 Messages = Annotated[
     list[Message], FailFast(),
-    BeforeValidator(_as_messages, json_schema_input_type=str | list[Message])]
+    BeforeValidator(as_messages, json_schema_input_type=str | list[Message])]
 
 
 class StreamOptions(Strict):
@@ -159,20 +159,20 @@ class Generation(Strict):
         "renew_session": "every request is a session of its own",
     }
     # LMDeploy's own client sends its leftover arguments as an object named kwargs.
-    neutral = dict(skip_special_tokens=(True,), kwargs=({},))
+    neutral = dict(kwargs=({},))
     parts = {"stream_options": StreamOptions}
 
     model: str | None = described(None, "name of the model; default: the one served", "text")
-    temperature: float | None = _sampling("temperature")
-    top_p: float | None = _sampling("top_p")
-    top_k: int | None = _sampling("top_k", "a whole number")
-    min_p: float | None = _sampling("min_p")
-    repetition_penalty: float | None = _sampling("repetition_penalty")
-    presence_penalty: float | None = _sampling("presence_penalty")
-    frequency_penalty: float | None = _sampling("frequency_penalty")
-    max_tokens: int | None = _sampling("max_tokens", "a whole number")
-    min_tokens: int | None = _sampling("min_tokens", "a whole number")
-    seed: int | None = _sampling("seed", "a whole number")
+    temperature: float | None = sampling_field("temperature")
+    top_p: float | None = sampling_field("top_p")
+    top_k: int | None = sampling_field("top_k", "a whole number")
+    min_p: float | None = sampling_field("min_p")
+    repetition_penalty: float | None = sampling_field("repetition_penalty")
+    presence_penalty: float | None = sampling_field("presence_penalty")
+    frequency_penalty: float | None = sampling_field("frequency_penalty")
+    max_tokens: int | None = sampling_field("max_tokens", "a whole number")
+    min_tokens: int | None = sampling_field("min_tokens", "a whole number")
+    seed: int | None = sampling_field("seed", "a whole number")
     stop: Stop = described(
         (), "end the reply before any of these texts",
         f"text, or a list of at most {MAX_STOPS} texts of at most {MAX_STOP_CHARS} characters")
@@ -180,6 +180,8 @@ class Generation(Strict):
         None, _SAMPLING["stop_token_ids"]["help"],
         f"a list of at most {MAX_TOKEN_IDS} whole numbers, at least 0")
     ignore_eos: bool | None = described(None, _SAMPLING["ignore_eos"]["help"], "true or false")
+    skip_special_tokens: bool | None = described(
+        True, "false shows the special tokens that the reply has inside it", "true or false")
     logit_bias: LogitBias = described(
         {}, _SAMPLING["logit_bias"]["help"],
         "an object of token ids (as text) and numbers from -100 to 100")
@@ -201,6 +203,10 @@ class Generation(Strict):
         """Refuse combinations that no single field shows."""
         if self.stream_options and not self.stream:
             raise UserError("stream_options needs stream to be true.", field="stream_options")
+
+    @property
+    def skips_special(self) -> bool:
+        return self.skip_special_tokens is not False
 
     def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """The sampling of this request, over `defaults` (fields of `SamplingParams`)."""
@@ -231,10 +237,10 @@ class ChatRequest(Generation):
         ..., "the conversation so far, oldest first; text alone is a user's message",
         f"text, or a list of 1 to {MAX_MESSAGES} messages",
         min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = _sampling("max_tokens", "a whole number")
+    max_completion_tokens: int | None = sampling_field("max_tokens", "a whole number")
     logprobs: bool | None = described(
         False, "report the log-probability of each token", "true or false")
-    top_logprobs: int | None = _sampling("logprobs", "a whole number")
+    top_logprobs: int | None = sampling_field("logprobs", "a whole number")
 
     def check(self) -> None:
         super().check()
@@ -263,7 +269,7 @@ class CompletionRequest(Generation):
         ..., "text or token ids to continue", f"text, token ids, or a list of up to {MAX_PROMPTS}")
     max_tokens: int | None = described(
         16, _SAMPLING["max_tokens"]["help"].split(";")[0], "a whole number, at least 1", ge=1)
-    logprobs: int | None = _sampling("logprobs", "a whole number")
+    logprobs: int | None = sampling_field("logprobs", "a whole number")
     echo: bool | None = described(False, "begin the reply with the prompt", "true or false")
     best_of: int | None = described(
         None, "accepted only when equal to n", "a whole number equal to n")

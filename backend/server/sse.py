@@ -19,13 +19,18 @@ STALL_SECONDS = 30.0
 DONE = b"data: [DONE]\n\n"
 
 
-def event(data: dict[str, Any]) -> bytes:
-    """`data` as one server-sent event.
+def line(data: dict[str, Any]) -> bytes:
+    """`data` as a line of JSON.
 
     ASCII only: many clients split lines as Python's `str.splitlines` does, at U+2028 and others
     that are no line ends in this protocol.
     """
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode("ascii") + b"\n\n"
+    return json.dumps(data, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """`data` as one server-sent event."""
+    return b"data: " + line(data) + b"\n"
 
 
 async def _gone(receive: Receive) -> None:
@@ -110,8 +115,10 @@ class EventStream(Response):
         events: AsyncGenerator[bytes, None],
         resources: AsyncExitStack,
         stall_seconds: float = STALL_SECONDS,
+        media_type: str | None = None,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=media_type)
         del self.headers["content-length"]
         self._first = first
         self._events = events

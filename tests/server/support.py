@@ -28,6 +28,7 @@ from backend.engine.launcher import Handle
 from backend.engine.types import Sequence
 from backend.server.api import create_app
 from backend.server.limits import Admission, Limits
+from backend.server.sessions import Sessions
 from backend.tokenizer import Tokenizer
 from backend.tokenizer.json_codec import JsonCodec
 from tests.fake_model import FakeRunner, fake_info
@@ -64,7 +65,7 @@ class Script:
 
     random: 20 letters by the request's seed. endless: never ends. crash: fails after three tokens.
     slow: as anything else, but the step waits while the engine is `held`. damaged: what comes is
-    not a number. All else is echoed.
+    not a number. special: a special token between two letters. All else is echoed.
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,8 @@ class Script:
             raise RuntimeError("the script says so")
         if prompt.startswith(b"damaged"):
             return -1
+        if prompt.startswith(b"special"):
+            return (ord("a"), 256, ord("b"), EOS)[at]
         if prompt.startswith(b"slow"):
             self._go.wait()
         return prompt[at] if at < len(prompt) else EOS
@@ -111,6 +114,7 @@ class Served:
         self, config: ServerConfig, limits: Limits | None,
         launch: Callable[[], Handle] | None = None,
         engine_config: EngineConfig | None = None,
+        sessions: Sessions | None = None,
     ) -> None:
         self.config = config
         self.admission = Admission(limits or Limits())
@@ -121,7 +125,7 @@ class Served:
         self.chat = ChatService(
             self.engine, byte_tokenizer(), LastMessage(), NAME)
         self.app = create_app(
-            self.chat, config, admission=self.admission,
+            self.chat, config, admission=self.admission, sessions=sessions,
             sampling_defaults={"temperature": 0.5}, docs_at_root=True)
         self.loop = asyncio.new_event_loop()
         self.server = uvicorn.Server(uvicorn.Config(
@@ -188,8 +192,8 @@ class Served:
 @contextmanager
 def serve(
     limits: Limits | None = None, launch: Callable[[], Handle] | None = None,
-    engine_config: EngineConfig | None = None, **config: Any,
+    engine_config: EngineConfig | None = None, sessions: Sessions | None = None, **config: Any,
 ) -> Iterator[Served]:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    with Served(ServerConfig(**config), limits, launch, engine_config) as served:
+    with Served(ServerConfig(**config), limits, launch, engine_config, sessions) as served:
         yield served
