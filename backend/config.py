@@ -59,6 +59,18 @@ class EngineConfig:
     session_len: int | None = option(
         None, "longest conversation in tokens; default: what the model was trained for", low=16
     )
+    rope_scaling_factor: float | None = option(
+        None,
+        "from 1: dynamic NTK, for texts longer than the model was trained for; below 1: none; "
+        "default: what config.json says",
+        low=0,
+        high=1000,
+    )
+    use_logn_attn: bool | None = option(
+        None,
+        "scale queries beyond the trained length by the logarithm of their position; default: "
+        "what config.json says",
+    )
     max_batch_size: int = option(128, "sequences that run at the same time", low=1, high=4096)
     max_prefill_token_num: int = option(
         2048, "tokens one step computes at most; longer prompts go in chunks", low=16, high=1 << 20

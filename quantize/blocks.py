@@ -72,6 +72,7 @@ class BlockModel:
             self.config.max_position_embeddings,
             session_len or self.config.max_position_embeddings,
             device,
+            dtype if self.config.use_logn_attn else None,
         )
         self._last: tuple[KVCache, Tensor] | None = None
 
@@ -110,8 +111,9 @@ class BlockModel:
         slots = batch * padded(length)
         shape = (block.self_attn.num_kv_heads, slots, self.config.head_dim)
         cache = KVCache(flat.new_empty(shape), flat.new_empty(shape))
-        cos, sin = self._rotary(torch.arange(length, device=self.device).repeat(batch))
-        output, residual = block(flat, None, cos, sin, cache, metadata)
+        positions = torch.arange(length, device=self.device).repeat(batch)
+        rotation = self._rotary(positions, self._rotary.step_of(length))
+        output, residual = block(flat, None, rotation, cache, metadata)
         self._last = cache, residual.view(hidden.shape)
         return (output + residual).view(hidden.shape)
 

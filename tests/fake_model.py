@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 
 from backend.config import EngineConfig
@@ -18,6 +19,7 @@ def fake_info(
     max_batch_size: int = 16,
     num_blocks: int = 256,
     block_size: int = 8,
+    rope_bounds: tuple[int, ...] = (),
 ) -> ModelInfo:
     return ModelInfo(
         architecture="Fake",
@@ -33,6 +35,7 @@ def fake_info(
         weight_bytes=0,
         kv_bytes_per_token=1,
         tp=1,
+        rope_bounds=rope_bounds,
     )
 
 
@@ -90,7 +93,8 @@ def hashed(seq: Sequence, vocab_size: int) -> int:
 
 
 class CheckingRunner(FakeRunner):
-    """Simulates the KV pool: each slot holds the whole history that its KV would depend on.
+    """Simulates the KV pool: each slot holds the whole history that its KV would depend on, and the
+    step of its rotary frequencies, which must be that of the sequence's length.
 
     Every step reads all slots of its sequences back, as attention would, and insists that they
     hold these sequences' histories.
@@ -112,23 +116,24 @@ class CheckingRunner(FakeRunner):
         written = list(step.slot_mapping)
         assert len(set(written)) == len(written), "two tokens written to one slot"
         at, drawn = 0, []
-        for item, runs in zip(batch.scheduled, step.kv_runs):
+        for item, runs, rope_step in zip(batch.scheduled, step.kv_runs, step.rope_steps):
             seq = item.sequence
             unknown = self._unknown.setdefault(seq.request_id, [])
             assert len(unknown) == seq.num_pending_tokens
             tokens = [*seq.token_ids, *unknown]
+            assert rope_step == bisect_left(self.info.rope_bounds, len(tokens)), "not its step"
             for offset in range(item.num_tokens):
                 position = seq.num_computed_tokens + offset
                 given = step.token_ids[at]
                 token = given if given >= 0 else self._last_drawn[-1 - given]
                 assert token == tokens[position]
-                self.pool[written[at]] = hash(tuple(tokens[: position + 1]))
+                self.pool[written[at]] = hash((rope_step, *tokens[: position + 1]))
                 at += 1
             end = seq.num_computed_tokens + item.num_tokens
             slots = [slot for first, count in runs for slot in range(first, first + count)]
             assert len(slots) == end
             for position, slot in enumerate(slots):
-                history = tuple(tokens[: position + 1])
+                history = (rope_step, *tokens[: position + 1])
                 assert self.pool.get(slot) == hash(history), "a slot holds another's KV"
             if item.samples:
                 assert end == len(tokens)

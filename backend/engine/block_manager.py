@@ -2,9 +2,10 @@
 
 A block is free (holds nothing), cached (holds a prefix that no sequence uses at the moment) or
 owned (by one or more sequences): free + cached + owned = total, always. Full blocks are known by a
-hash of all tokens up to their end, so that a new prompt starts from the longest prefix that is
-still there. Blocks of one sequence are laid out one after another where possible: a CPU then reads
-its KV as one slab (`performance`: gathering pages costs nine times as much).
+hash of all tokens up to their end (and of their rotary frequencies' step), so that a new prompt
+starts from the longest prefix that is still there. Blocks of one sequence are laid out one after
+another where possible: a CPU then reads its KV as one slab (`performance`: gathering pages costs
+nine times as much).
 """
 
 from __future__ import annotations
@@ -119,11 +120,13 @@ class BlockManager:
     def _hashes(self, seq: Sequence, count: int) -> list[bytes]:
         """Chained hashes of the first `count` full blocks of tokens, kept with the sequence."""
         hashes, size = seq.block_hashes, self.block_size
+        step = seq.rope_step.to_bytes(2, "little")
         while len(hashes) < count:
             start = len(hashes) * size
             parent = hashes[-1] if hashes else seq.request.cache_salt.encode()
             tokens = array("I", seq.token_ids[start : start + size]).tobytes()
-            hashes.append(hashlib.blake2b(tokens, digest_size=16, key=parent[:64]).digest())
+            digest = hashlib.blake2b(tokens, digest_size=16, key=parent[:64], person=step)
+            hashes.append(digest.digest())
         return hashes
 
     def _match_prefix(self, seq: Sequence) -> list[int]:

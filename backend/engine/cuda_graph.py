@@ -20,8 +20,8 @@ from kernels.ops import AttentionMetadata
 
 FEW_ROWS = 4  # of changed block tables: sent one by one
 
-# input_ids, positions, metadata -> float32 logits of every token
-Forward = Callable[[Tensor, Tensor, AttentionMetadata], Tensor]
+# input_ids, positions, rope steps, metadata -> float32 logits of every token
+Forward = Callable[[Tensor, Tensor, Tensor, AttentionMetadata], Tensor]
 
 
 def batch_sizes(max_batch_size: int) -> list[int]:
@@ -126,7 +126,7 @@ class DecodeSteps:
     def _compute(self, step: _Step) -> None:
         input_ids = ops.resolve_tokens(step.token_ids, self._last_drawn)
         logits = self._logits[: step.size]
-        logits.copy_(self._forward(input_ids, step.positions, step.metadata))
+        logits.copy_(self._forward(input_ids, step.positions, step.rope_steps, step.metadata))
         tokens = ops.sample(
             logits, step.temperature, step.top_k, step.top_p, step.min_p, step.uniform
         )
@@ -142,7 +142,7 @@ class _Step:
         self.size = size
         self.graph: torch.cuda.CUDAGraph | None = None
         self._vocab_size = vocab_size
-        longs, floats, ints = 4 * size * 8, 4 * size * 4, size * 4
+        longs, floats, ints = 5 * size * 8, 4 * size * 4, size * 4
         total = longs + floats + ints
         on_device = torch.zeros(total, dtype=torch.uint8, device=device)
         # Two on the host, because the copy of one may still wait behind the step before.
@@ -152,14 +152,14 @@ class _Step:
 
         def views(buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return (
-                buffer[:longs].view(torch.int64).view(4, size),
+                buffer[:longs].view(torch.int64).view(5, size),
                 buffer[longs : longs + floats].view(torch.float32).view(4, size),
                 buffer[longs + floats :].view(torch.int32),
             )
 
         self._host_views = [views(host) for host in self._hosts]
         numbers, draws, self.seq_lens = views(on_device)
-        self.token_ids, self.positions, self.slots, self.top_k = numbers
+        self.token_ids, self.positions, self.rope_steps, self.slots, self.top_k = numbers
         self.temperature, self.top_p, self.min_p, self.uniform = draws
         # Tables are sent row by row: sequences mostly stay, and grow a block now and then.
         self.block_table = torch.zeros(size, max_blocks, dtype=torch.int32, device=device)
@@ -176,9 +176,10 @@ class _Step:
             self._padded(
                 step.token_ids,
                 step.positions,
+                step.rope_steps,
                 step.slot_mapping,
                 [min(k or vocab, vocab) for k in draw.top_k],
-                padding=(0, 0, -1, vocab),
+                padding=(0, 0, 0, -1, vocab),
             )
         )
         draws.copy_(

@@ -66,7 +66,9 @@ class Engine:
         self.runner = runner
         info = runner.info
         blocks = BlockManager(info.num_blocks, info.block_size, enable_prefix_caching)
-        self.scheduler = Scheduler(blocks, info.max_batch_size, max_step_tokens)
+        self.scheduler = Scheduler(
+            blocks, info.max_batch_size, max_step_tokens, info.rope_bounds
+        )
         self._random = random_source or random.Random()
         self._under_way: deque[tuple[Batch, Any]] = deque()  # launched, not accounted for
 

@@ -28,6 +28,7 @@ from backend.engine.types import (
 from backend.errors import UserError
 from backend.layers.parallel import ParallelContext
 from backend.models.loader import load_model
+from backend.models.long_context import LongContext, warn_of_length
 from backend.models.model_config import ModelConfig
 from backend.models.registry import read_model_config
 from kernels import ops
@@ -72,11 +73,11 @@ class ModelRunner:
             )
         self._parallel = parallel
         self._peers = peers
-        model_config = read_model_config(config.model)
+        model_config = read_model_config(config.model, long_context(config))
         dtype = compute_dtype(config, model_config, self.device)
         self.model, _ = load_model(
             config.model, dtype, self.device, parallel, config.session_len,
-            batch_invariant=config.batch_invariant,
+            long_context=long_context(config), batch_invariant=config.batch_invariant,
         )  # fmt: skip
         loaded = time.perf_counter()
         self.block_size = config.cache_block_seq_len
@@ -191,15 +192,23 @@ class ModelRunner:
         if min(step.token_ids) < 0:
             input_ids = ops.resolve_tokens(input_ids, self._last_drawn)
         positions = self._tensor(step.positions, torch.int64)
-        hidden = self.model(input_ids, positions, self.kv_caches, self._metadata(step))
+        rope_steps: Tensor | int = 0
+        if any(step.rope_steps):
+            counts = zip(step.rope_steps, step.query_lens)
+            rope_steps = self._tensor([s for s, n in counts for _ in range(n)], torch.int64)
+        hidden = self.model(
+            input_ids, positions, self.kv_caches, self._metadata(step), rope_steps
+        )
         if len(step.sample_rows) != len(step.token_ids):
             hidden = hidden[self._tensor(step.sample_rows, torch.int64)]
         return self.model.compute_logits(hidden)
 
-    def _logits(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+    def _logits(
+        self, input_ids: Tensor, positions: Tensor, rope_steps: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
         """Logits float32 [T, vocab] of every token."""
         return self.model.compute_logits(
-            self.model(input_ids, positions, self.kv_caches, metadata)
+            self.model(input_ids, positions, self.kv_caches, metadata, rope_steps)
         )
 
     def _tensor(self, values: Items[int], dtype: torch.dtype) -> Tensor:
@@ -233,6 +242,8 @@ class ModelRunner:
     ) -> ModelInfo:
         """How many blocks there are, and with them how long a conversation may be."""
         longest = config.session_len or model_config.max_position_embeddings
+        if self._parallel.rank == 0:
+            warn_of_length(model_config, longest)
         step_bytes = self._measure_steps(config, shape, longest) if self.max_ahead else 0
         free = kv_cache.free_memory(self.device)
         if self.device.type == "cpu":
@@ -258,6 +269,7 @@ class ModelRunner:
             weight_bytes=self.model.weight_bytes() * config.tp,
             kv_bytes_per_token=shape.bytes_per_token * config.tp,
             tp=config.tp,
+            rope_bounds=self.model.rotary.bounds,
         )
 
     @torch.inference_mode()
@@ -309,6 +321,11 @@ class ModelRunner:
         torch.cuda.synchronize(self.device)
         self._decode_steps = steps
         return time.perf_counter() - start
+
+
+def long_context(config: EngineConfig) -> LongContext:
+    """What a model does beyond its trained length, as the settings have it."""
+    return LongContext(config.rope_scaling_factor, config.use_logn_attn)
 
 
 def _report(info: ModelInfo, load_s: float, prepare_s: float, total_s: float) -> None:

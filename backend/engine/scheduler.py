@@ -4,11 +4,14 @@ Continuous batching (Orca, Yu et al. 2022) with chunked prefill (Sarathi, Agrawa
 every step first takes one token of each decoding sequence, then fills the rest of the token
 budget with pieces of prompts. Admission is first come, first served. When blocks run out, the
 sequence admitted last gives its blocks back and waits at the head of the queue, to be recomputed
-(mostly from the prefix cache); the oldest therefore always gets on, and nothing starves.
+(mostly from the prefix cache); the oldest therefore always gets on, and nothing starves. So does a
+sequence that outgrows the step of its rotary frequencies (`backend.layers.rotary`), because they
+are others for all its tokens then.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 
@@ -36,12 +39,20 @@ class Scheduler:
         blocks: the KV pool's accounts.
         max_batch_size: sequences that run at the same time.
         max_step_tokens: tokens computed in one step, at least `max_batch_size`.
+        rope_bounds: see `ModelInfo`.
     """
 
-    def __init__(self, blocks: BlockManager, max_batch_size: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_batch_size: int,
+        max_step_tokens: int,
+        rope_bounds: tuple[int, ...] = (),
+    ) -> None:
         self.blocks = blocks
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max(max_step_tokens, max_batch_size)
+        self._rope_bounds = rope_bounds
         self._limits = (self.max_batch_size, self.max_step_tokens)
         self._steps_to_growth = STEPS_TO_GROWTH
         self.waiting: deque[Sequence] = deque()
@@ -76,9 +87,13 @@ class Scheduler:
         """
         scheduled: list[ScheduledSequence] = []
         budget = self.max_step_tokens
-        preemptions = self.stats.num_preemptions
+        waiting = len(self.waiting)
         for seq in self._decoding():
-            if seq.request_id in self.running and self._make_room(seq):
+            if seq.request_id not in self.running:
+                continue  # put out for one before it
+            if self._rope_step(seq) != seq.rope_step:
+                self._put_out(seq)
+            elif self._make_room(seq):
                 scheduled.append(ScheduledSequence(seq, 1, True))
                 budget -= 1
         for seq in self.running.values():
@@ -86,7 +101,7 @@ class Scheduler:
                 scheduled.append(self._piece(seq, budget))
                 budget -= scheduled[-1].num_tokens
         # Who was just put out must not come back in the same step.
-        if budget > 0 and self.stats.num_preemptions == preemptions:
+        if budget > 0 and len(self.waiting) == waiting:
             for seq in self._admit():
                 scheduled.append(self._piece(seq, budget))
                 budget -= scheduled[-1].num_tokens
@@ -165,11 +180,15 @@ class Scheduler:
         return any(seq.request.sampling.reads_reply for seq in self.running.values())
 
     def preempt(self, seq: Sequence) -> None:
+        """Put a sequence out because blocks are needed elsewhere."""
+        self._put_out(seq)
+        self.stats.num_preemptions += 1
+
+    def _put_out(self, seq: Sequence) -> None:
         """Take a running sequence's blocks; it waits at the head of the queue."""
         del self.running[seq.request_id]
         self.blocks.release(seq)
         self.waiting.appendleft(seq)
-        self.stats.num_preemptions += 1
 
     def gauges(self) -> EngineStats:
         """The counters, with the queues and the pool as they are now."""
@@ -192,6 +211,10 @@ class Scheduler:
             and seq.num_output_tokens + seq.num_pending_tokens < seq.max_tokens
         ]
 
+    def _rope_step(self, seq: Sequence) -> int:
+        """The step of the rotary frequencies that all its tokens, as many as now, must have."""
+        return bisect_left(self._rope_bounds, seq.num_tokens)
+
     def _make_room(self, seq: Sequence) -> bool:
         """Room for one more token, if need be at the cost of the sequences admitted last."""
         while not self.blocks.grow(seq, seq.num_tokens):
@@ -211,6 +234,8 @@ class Scheduler:
             seq = self.waiting[0]
             if seq.num_pending_tokens:  # preempted a moment ago; all its tokens must be known
                 return
+            if (step := self._rope_step(seq)) != seq.rope_step:
+                seq.rope_step, seq.block_hashes = step, []
             if not self.blocks.attach(seq, reserve=len(self.running)):
                 return
             self.waiting.popleft()

@@ -9,7 +9,7 @@ from backend.engine.types import Batch, DrawParams, Sequence, StepInput
 
 def prepare(batch: Batch, block_size: int) -> StepInput:
     """The batch as plain numbers."""
-    step = StepInput([], [], [], [], [], [], [], [])
+    step = StepInput([], [], [], [], [], [], [], [], [])
     for item in batch.scheduled:
         seq = item.sequence
         start = seq.num_computed_tokens
@@ -24,6 +24,7 @@ def prepare(batch: Batch, block_size: int) -> StepInput:
         step.seq_lens.append(end)
         step.kv_runs.append(_runs(seq, end, block_size))
         step.block_tables.append(seq.block_table)
+        step.rope_steps.append(seq.rope_step)
         if item.samples:
             step.sample_rows.append(len(step.token_ids) - 1)
     return step
@@ -44,6 +45,7 @@ def placeholder(lengths: list[int], samples: int, block_size: int) -> StepInput:
         kv_runs=[],
         block_tables=[[0] * -(-length // block_size) for length in lengths],
         sample_rows=list(range(samples)),
+        rope_steps=[0] * len(lengths),
         draw=DrawParams(
             [1.0] * samples, [1] * samples, [0.5] * samples, [0.5] * samples, [0.5] * samples
         ),

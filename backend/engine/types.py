@@ -91,6 +91,7 @@ class Sequence:
     block_runs: list[list[int]] = field(default_factory=list)  # the table as [first, count] runs
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, chained
     num_hashed_blocks: int = 0  # blocks of the table that the prefix index knows
+    rope_step: int = 0  # of its KV: see ModelInfo.rope_bounds
 
     @property
     def request_id(self) -> str:
@@ -159,6 +160,7 @@ class StepInput:
     kv_runs: list[list[tuple[int, int]]]  # [S]
     block_tables: list[list[int]]  # [S]
     sample_rows: list[int]  # tokens whose logits are wanted
+    rope_steps: list[int]  # [S]
     # How the device draws from them; None: rank 0 draws, for what the device cannot do.
     draw: DrawParams | None = None
 
@@ -191,6 +193,8 @@ class ModelInfo:
     weight_bytes: int  # on this device, all ranks together
     kv_bytes_per_token: int
     tp: int
+    # Longest sequence of each step of the rotary frequencies; the last holds session_len tokens.
+    rope_bounds: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

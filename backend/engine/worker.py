@@ -77,13 +77,14 @@ def build_engine(
 
     `on_rank_death` as in `start_ranks`.
     """
-    from backend.engine.model_runner import ModelRunner
+    from backend.engine.model_runner import ModelRunner, long_context
     from backend.engine.ranks import join_group, start_ranks
     from backend.layers.parallel import ParallelContext
     from backend.models.loader import check_model
 
     if config.tp > 1:  # told once, before every rank finds it out for itself
-        check_model(config.model, ParallelContext(0, config.tp), config.session_len)
+        parallel = ParallelContext(0, config.tp)
+        check_model(config.model, parallel, config.session_len, long_context(config))
     group = start_ranks(config, on_rank_death)
     runner = ModelRunner(config, join_group(config, 0, group.rendezvous), group.connections)
     return Engine(

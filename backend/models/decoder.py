@@ -25,7 +25,7 @@ from backend.layers.linear import (
 )
 from backend.layers.linear_method import WeightSlot
 from backend.layers.norm import RMSNorm
-from backend.layers.rotary import RotaryEmbedding
+from backend.layers.rotary import RotaryEmbedding, Rotation
 from backend.models.layout import LLAMA, Layout
 from backend.models.model_config import ConfigFields, ModelConfig
 from kernels.ops import AttentionMetadata, KVCache
@@ -68,8 +68,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotation: Rotation,
         kv_cache: KVCache,
         metadata: AttentionMetadata,
     ) -> Tensor:
@@ -79,6 +78,9 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # [T, heads, head_dim] each
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin, query_scale = rotation
+        if query_scale is not None:
+            q = q * query_scale
         return self.o_proj(self.attention(q, k, v, cos, sin, kv_cache, metadata).flatten(1))
 
 
@@ -121,8 +123,7 @@ class DecoderLayer(nn.Module):
         self,
         hidden: Tensor,
         residual: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
+        rotation: Rotation,
         kv_cache: KVCache,
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
@@ -131,7 +132,7 @@ class DecoderLayer(nn.Module):
             hidden, residual = self.input_layernorm(hidden), hidden
         else:
             hidden, residual = self.input_layernorm.add(hidden, residual)
-        hidden = self.self_attn(hidden, cos, sin, kv_cache, metadata)
+        hidden = self.self_attn(hidden, rotation, kv_cache, metadata)
         hidden, residual = self.post_attention_layernorm.add(hidden, residual)
         return self.mlp(hidden), residual
 
@@ -204,7 +205,7 @@ class Decoder(nn.Module):
         )
         self.rotary = RotaryEmbedding(
             config.rope, config.head_dim, config.max_position_embeddings, session_len,
-            context.device,
+            context.device, context.dtype if config.use_logn_attn else None,
         )
         self.layers = nn.ModuleList(
             DecoderLayer(config, index, context) for index in range(config.num_layers)
@@ -228,6 +229,7 @@ class Decoder(nn.Module):
         positions: Tensor,
         kv_caches: list[KVCache],
         metadata: AttentionMetadata,
+        rope_steps: Tensor | int = 0,
     ) -> Tensor:
         """Run the new tokens of all sequences, writing their K and V into the pools.
 
@@ -236,15 +238,16 @@ class Decoder(nn.Module):
             positions: int64 [T], each token's place in its sequence.
             kv_caches: each layer's pool, of `num_kv_heads` heads.
             metadata: where the tokens lie.
+            rope_steps: `rotary.step_of` each token's sequence, int64 [T], or one for all.
 
         Returns:
             Hidden states after the last norm, [T, hidden_size].
         """
         hidden = self.embed_tokens(input_ids)
         residual: Tensor | None = None
-        cos, sin = self.rotary(positions)
+        rotation = self.rotary(positions, rope_steps)
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden, residual = layer(hidden, residual, cos, sin, kv_cache, metadata)
+            hidden, residual = layer(hidden, residual, rotation, kv_cache, metadata)
         assert residual is not None  # num_layers >= 1
         return self.norm.add(hidden, residual)[0]
 

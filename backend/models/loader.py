@@ -32,6 +32,7 @@ from backend.models.checkpoint import (
     read_tensor,
 )
 from backend.models.decoder import Decoder
+from backend.models.long_context import LongContext
 from backend.models.model_config import ModelConfig
 from backend.models.registry import family_of, read_model_config
 from backend.models.workspace_weights import (
@@ -61,6 +62,7 @@ def load_model(
     parallel: ParallelContext,
     session_len: int | None = None,
     *,
+    long_context: LongContext | None = None,
     batch_invariant: bool = False,
 ) -> tuple[Decoder, ModelConfig]:
     """Load this rank's share of the checkpoint in `folder`.
@@ -71,12 +73,13 @@ def load_model(
         device: where the weights go.
         parallel: this rank and its group.
         session_len: longest sequence that will be run; by default what the model was trained for.
+        long_context: what takes the place of what config.json says of texts beyond that.
         batch_invariant: a sequence's bits must not depend on the others in its batch.
 
     Raises:
         UserError: naming what is missing, damaged, unsupported or inconsistent.
     """
-    config, tensors = check_model(folder, parallel, session_len)
+    config, tensors = check_model(folder, parallel, session_len, long_context)
     check_dtype(config, dtype, device)
     workspace = workspace_of(folder)
     if workspace is not None and parallel.rank == 0:
@@ -92,7 +95,10 @@ def load_model(
 
 
 def check_model(
-    folder: str, parallel: ParallelContext, session_len: int | None = None
+    folder: str,
+    parallel: ParallelContext,
+    session_len: int | None = None,
+    long_context: LongContext | None = None,
 ) -> tuple[ModelConfig, dict[str, TensorInfo]]:
     """Whether a rank can load the checkpoint, as far as config.json and the files' headers tell.
 
@@ -101,7 +107,7 @@ def check_model(
     Raises:
         UserError: as `load_model`.
     """
-    config = read_model_config(folder)
+    config = read_model_config(folder, long_context)
     workspace = workspace_of(folder)
     if workspace is None:
         tensors = family_of(config.architecture).layout.present(config, read_checkpoint(folder))

@@ -59,9 +59,8 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of each head's q and k before the rotation
     windows: tuple[int | None, ...] = ()  # a layer's sliding window in tokens; None sees all
     normalized_head: bool = False  # each row of the output head is divided by its L2 norm
-    # Qwen's own ways beyond max_position_embeddings, which its config.json turns on.
-    use_logn_attn: bool = False
-    use_dynamic_ntk: bool = False
+    use_logn_attn: bool = False  # queries beyond max_position_embeddings are scaled by its log
+    dynamic_ntk: str = "dynamic"  # rope type that dynamic NTK is in this family
     quantization: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backend.errors import UserError
+from backend.layers.rotary import QWEN_DYNAMIC
 from backend.models.decoder import Decoder
 from backend.models.layout import Layout
 from backend.models.model_config import ConfigFields, ModelConfig
@@ -53,6 +54,7 @@ class QWenLMHeadModel(Decoder):
         if not fields.boolean("scale_attn_weights", True):
             raise UserError("config.json: scale_attn_weights false is not supported.")
         bias = not fields.boolean("no_bias", True)  # c_attn has one always
+        stretches = fields.boolean("use_dynamic_ntk", True)
         said = config.quantization or fields.raw.get("dtype") or fields.raw.get("torch_dtype")
         return replace(
             config,
@@ -62,5 +64,6 @@ class QWenLMHeadModel(Decoder):
             mlp_bias=bias,
             dtype=config.dtype if said else "bfloat16",  # as all are published; few say so
             use_logn_attn=fields.boolean("use_logn_attn", True),
-            use_dynamic_ntk=fields.boolean("use_dynamic_ntk", True),
+            dynamic_ntk=QWEN_DYNAMIC,
+            rope=replace(config.rope, rope_type=QWEN_DYNAMIC) if stretches else config.rope,
         )

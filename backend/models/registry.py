@@ -13,6 +13,7 @@ from backend.models.internlm import InternLMForCausalLM
 from backend.models.internlm2 import InternLM2ForCausalLM
 from backend.models.internlm3 import InternLM3ForCausalLM
 from backend.models.llama import LlamaForCausalLM
+from backend.models.long_context import LongContext
 from backend.models.mistral import MistralForCausalLM
 from backend.models.model_config import (
     QUANTIZATION_KEYS,
@@ -96,8 +97,8 @@ def _architecture(fields: ConfigFields) -> str:
     )
 
 
-def read_model_config(folder: str) -> ModelConfig:
-    """ModelConfig of the checkpoint in `folder`.
+def read_model_config(folder: str, long_context: LongContext | None = None) -> ModelConfig:
+    """ModelConfig of the checkpoint in `folder`, with `long_context` if that is given.
 
     Raises:
         UserError: if the folder is no model's, or the model is not supported.
@@ -107,7 +108,8 @@ def read_model_config(folder: str) -> ModelConfig:
         found = quantization_of(folder)
         if found is not None:
             fields = ConfigFields({**fields.raw, QUANTIZATION_KEYS[0]: found}, fields.where)
-    return parse_config(fields)
+    config = parse_config(fields)
+    return config if long_context is None else long_context.applied(config)
 
 
 def quantization_of(folder: str) -> dict[str, Any] | None:

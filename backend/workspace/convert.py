@@ -36,6 +36,7 @@ from backend.layers.parallel import ParallelContext
 from backend.models.checkpoint import DOWNLOAD_AGAIN, TensorInfo, read_tensor
 from backend.models.decoder import DecoderLayer
 from backend.models.loader import check_model, create_shell, is_finite, linear_method
+from backend.models.long_context import LongContext
 from backend.models.model_config import ModelConfig
 from backend.models.registry import read_config_fields
 from backend.models.workspace_weights import pack_scales_zeros, stored_name, workspace_slots
@@ -141,7 +142,9 @@ def convert(
         files = _write_weights(source, partial, tp, progress)
         names = [f"{TOKENIZER}/{entry.name}" for entry in (partial / TOKENIZER).iterdir()]
         files |= record(partial, names)
-        (partial / CONFIG_INI).write_text(_config_ini(locked), encoding="utf-8")
+        (partial / CONFIG_INI).write_text(
+            _config_ini(locked, LongContext.declared(source.config)), encoding="utf-8"
+        )
         Manifest(tp, locked["weight_type"], locked, files).write(partial)
     return Path(os.path.abspath(target))
 
@@ -252,9 +255,14 @@ def _locked(name: str, source: Source, tp: int, tokenizer: Tokenizer) -> dict[st
     return {key: str(value) for key, value in values.items()}
 
 
-def _config_ini(locked: Mapping[str, str]) -> str:
+def _config_ini(locked: Mapping[str, str], long_context: LongContext) -> str:
     """All keys in LMDeploy's order: what the weights decide, and every setting's default."""
-    values = {**locked, "session_len": locked["max_position_embeddings"]}
+    values = {
+        **locked,
+        "session_len": locked["max_position_embeddings"],
+        "rope_scaling_factor": long_context.rope_scaling_factor,
+        "use_logn_attn": int(bool(long_context.use_logn_attn)),
+    }
     lines = [f"{key.name} = {values.get(key.name, key.default)}" for key in KEYS.values()]
     return "\n".join(["[llama]", *lines, ""])
 

@@ -133,10 +133,12 @@ KEYS: dict[str, Key] = {
             choices=("auto", "int8", "int4")),
         Key("max_position_embeddings", "model", int, "tokens that the model was trained for"),
         Key("rope_scaling_factor", "engine", float,
-            "from 1: dynamic NTK, for texts longer than the model was trained for; 0 is off",
-            ("rope_scaling_factor",), 0.0, 0),
-        Key("use_logn_attn", "engine", int, "1: scale queries beyond the trained length by its log",
-            ("use_logn_attn",), 0, choices=SWITCH),
+            "from 1: dynamic NTK by a text's length, for texts longer than the model was trained "
+            "for (Qwen: with its own formula, whatever the factor); below 1: none",
+            ("rope_scaling_factor",), None, 0, 1000),
+        Key("use_logn_attn", "engine", int,
+            "1: scale queries beyond the trained length by the logarithm of their position",
+            ("use_logn_attn",), None, choices=SWITCH),
     )
 }  # fmt: skip
 

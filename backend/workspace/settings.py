@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from backend.workspace.layout import CONFIG_INI, Manifest, read_manifest, verify
 FIELDS = {f.name: f.default for f in fields(EngineConfig)}
 STEP_TOKENS = (16, 1 << 20)  # bounds of max_prefill_token_num
 OWN_SECTION = "engine"
+MODEL_S = ("session_len", "rope_scaling_factor", "use_logn_attn")  # the model has the defaults
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Row:
 
     Attributes:
         value: the effective one.
-        source: "config.ini", "settings" (a plain folder's), "default", "manifest.json", or the
-            flag that wins over it.
+        source: "config.ini", "settings" (a plain folder's), "default", "model" (what it says
+            itself is the default), "manifest.json", or the flag that wins over it.
         kind: see Key; "unknown" for a key that is kept, and means nothing here.
         help: for people.
     """
@@ -187,14 +188,7 @@ def _workspace_options(values: Mapping[str, Any], given: Collection[str]) -> dic
         if key.fields in (KV, STEP):
             continue
         (name, *_), value = key.fields, values[key.name]
-        if name in FIELDS:
-            options[name] = bool(value) if key.choices == SWITCH else value
-        elif value != key.default:  # never taken and ignored
-            raise UserError(
-                f"config.ini: {key.name} {value} is not supported yet.",
-                f"Set it to {key.default}.",
-                field=key.name,
-            )
+        options[name] = bool(value) if key.choices == SWITCH else value
     if not set(KV) & set(given):
         named = values.get("kv_cache_dtype", "auto")
         numbered = workspace_kv_cache_dtype(values.get("quant_policy", 0))
@@ -253,12 +247,27 @@ def rows(file: SettingsFile, ini: ConfigIni, given: Mapping[str, Any]) -> list[R
         elif key.name not in ini.values:
             value = value if key.locked else FIELDS.get(key.name, key.default)
             source = "manifest.json" if key.locked else "default"
+            own = _model_s_own(file.model) if value is None and key.name in MODEL_S else {}
+            if own:
+                value, source = own[key.name], "model"
         text = "none" if value is None else _shown(key, value)
         found.append(Row(key.name, text, source, key.kind, key.help))
     return found + [
         Row(name, text, file.name, "unknown", "not known here")
         for name, text in ini.values.items() if name not in file.keys
     ]  # fmt: skip
+
+
+def _model_s_own(model: str) -> dict[str, Any]:
+    """What MODEL_S are where nobody sets them; empty if the model cannot tell."""
+    from backend.models.long_context import LongContext
+    from backend.models.registry import read_model_config
+
+    try:
+        config = read_model_config(model)
+    except UserError:
+        return {}  # told when it is loaded
+    return {"session_len": config.max_position_embeddings, **asdict(LongContext.declared(config))}
 
 
 def _shown(key: Key, value: Any) -> str:

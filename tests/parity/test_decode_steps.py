@@ -38,26 +38,28 @@ def triton_ops(monkeypatch):
     ops.implementation.cache_clear()
 
 
-def engine_of(folder: Path, as_on_a_gpu: bool) -> Engine:
+def as_on_a_gpu(engine: Engine, max_blocks: int) -> None:
+    """Let an engine on a CPU run as on a GPU, but for graphs."""
+    runner = engine.runner
+    runner.max_ahead = 1
+    runner._fetch = lambda count: Launched(
+        [SampledToken(token) for token in runner._last_drawn[:count].tolist()]
+    )
+    for cache in runner.kv_caches:  # a slot that was not written must not matter
+        cache.k.fill_(torch.nan)
+        cache.v.fill_(torch.nan)
+    runner._decode_steps = DecodeSteps(
+        runner._logits, runner._last_drawn, vocab_size=runner.info.vocab_size,
+        block_size=runner.block_size, max_blocks=max_blocks, batch_invariant=False, capture=False,
+    )  # fmt: skip
+
+
+def engine_of(folder: Path) -> Engine:
     config = EngineConfig(
         model=str(folder), dtype="float32", device="cpu", session_len=64, cache_block_seq_len=8,
         kv_cache_tokens=160, max_prefill_token_num=16, max_batch_size=5,
     )  # fmt: skip
-    engine = build_engine(config)
-    if as_on_a_gpu:
-        runner = engine.runner
-        runner.max_ahead = 1
-        runner._fetch = lambda count: Launched(
-            [SampledToken(token) for token in runner._last_drawn[:count].tolist()]
-        )
-        for cache in runner.kv_caches:  # a slot that was not written must not matter
-            cache.k.fill_(torch.nan)
-            cache.v.fill_(torch.nan)
-        runner._decode_steps = DecodeSteps(
-            runner._logits, runner._last_drawn, vocab_size=runner.info.vocab_size, block_size=8,
-            max_blocks=8, batch_invariant=False, capture=False,
-        )  # fmt: skip
-    return engine
+    return build_engine(config)
 
 
 def replies(engine: Engine) -> dict[str, list[int]]:
@@ -80,9 +82,10 @@ def replies(engine: Engine) -> dict[str, list[int]]:
 
 
 def test_the_gpus_way_gives_the_cpus_replies(checkpoint, triton_ops):
-    ahead = engine_of(checkpoint, as_on_a_gpu=True)
+    ahead = engine_of(checkpoint)
+    as_on_a_gpu(ahead, max_blocks=8)
     found = [replies(ahead), replies(ahead)]  # the second from cached prefixes
     ops.OWN_FORMS["cpu"] = "kernels.cpu"
     ops.implementation.cache_clear()
-    expected = replies(engine_of(checkpoint, as_on_a_gpu=False))
+    expected = replies(engine_of(checkpoint))
     assert found == [expected, expected]

@@ -15,6 +15,7 @@ from backend.engine.worker import build_engine
 from backend.errors import UserError
 from backend.layers.methods.awq import AWQMethod
 from backend.layers.parallel import ParallelContext
+from backend.layers.rotary import QWEN_DYNAMIC
 from backend.models import loader
 from backend.models.registry import read_model_config
 from tests.family_layouts import FAMILIES, make_family
@@ -161,8 +162,8 @@ def test_qwens_config(tmp_path):
     make_family(tmp_path, "qwen")
     config = read_model_config(str(tmp_path))
     assert config.max_position_embeddings == 256  # trained length, not the 1024 that NTK reaches
-    assert config.use_logn_attn and config.use_dynamic_ntk
+    assert config.use_logn_attn and config.rope.rope_type == QWEN_DYNAMIC
     edit_config(tmp_path, use_logn_attn=False, use_dynamic_ntk=False, dtype=None, bf16=True)
     config = read_model_config(str(tmp_path))
-    assert not config.use_logn_attn and not config.use_dynamic_ntk
+    assert not config.use_logn_attn and config.rope.rope_type == "default"
     assert config.dtype == "bfloat16"

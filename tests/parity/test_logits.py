@@ -76,7 +76,8 @@ def paged_logits(
         metadata = layout([end - start], [end], BLOCK_SIZE, scattered, seed=7, blocks_for=length)[0]
         positions = torch.arange(start, end)
         with torch.inference_mode():
-            hidden = decoder(ids[start:end], positions, kv_caches, metadata)
+            step = decoder.rotary.step_of(length)
+            hidden = decoder(ids[start:end], positions, kv_caches, metadata, step)
             rows.append(decoder.compute_logits(hidden))
         start = end
     return torch.cat(rows)
@@ -115,17 +116,8 @@ def test_chunks(checkpoint, scattered):
 @pytest.mark.parametrize("name", ROPES)
 def test_rope_scalings(tmp_path, name):
     model = make_checkpoint(tmp_path, "llama", rope_parameters=dict(ROPES[name]))
-    # Short texts: within the original context, which the session then must be, too.
-    check(model, tmp_path, ids_of(60), [50, *range(51, 61)], scattered=False, session_len=64)
-
-
-@pytest.mark.parametrize("name", ["longrope", "dynamic"])
-def test_rope_beyond_the_original_context(tmp_path, name):
-    model = make_checkpoint(
-        tmp_path, "llama", rope_parameters=dict(ROPES[name]), max_position_embeddings=128
-    )
-    # transformers stretches by the length reached, here always by the session's.
-    check(model, tmp_path, ids_of(200), [150, 200], scattered=True, session_len=200)
+    # Within the original context; test_long_context.py goes beyond.
+    check(model, tmp_path, ids_of(60), [50, *range(51, 61)], scattered=False)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import accumulate
 
 import pytest
 from hypothesis import settings, strategies as st
@@ -35,9 +36,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix=st.booleans(),
         max_ahead=st.integers(0, 1),
         penalties=st.booleans(),
+        steps=st.lists(st.integers(2, 8), max_size=5),
     )
     def build(
-        self, num_blocks, block_size, max_batch_size, max_step_tokens, prefix, max_ahead, penalties
+        self, num_blocks, block_size, max_batch_size, max_step_tokens, prefix, max_ahead, penalties,
+        steps,
     ):
         session_len = min(num_blocks * block_size, 30)
         info = fake_info(
@@ -46,6 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_batch_size=max_batch_size,
             num_blocks=num_blocks,
             block_size=block_size,
+            rope_bounds=(*accumulate(steps), 64) if steps else (),
         )
         self.engine = Engine(
             CheckingRunner(info, max_ahead),
@@ -165,6 +169,7 @@ def engine_of(num_blocks: int, **options) -> Engine:
         session_len=64,
         num_blocks=num_blocks,
         block_size=4,
+        rope_bounds=options.pop("rope_bounds", ()),
         max_batch_size=options.pop("max_batch_size", 4),
     )
     return Engine(CheckingRunner(info, options.pop("max_ahead", 0)), **options)
@@ -188,6 +193,29 @@ def test_a_second_turn_reuses_the_first():
     assert (
         output.num_cached_tokens == 28
     )  # 20 + 9 tokens, of which the last has no KV yet: 7 blocks
+
+
+def test_a_prefix_is_shared_within_a_step_of_the_rotary_frequencies_only():
+    engine = engine_of(64, rope_bounds=(24, 36, 64))
+    for length, cached in ((20, 0), (23, 20), (30, 0), (36, 28), (37, 0), (24, 20)):
+        engine.add_request(Request("a", list(range(length)), SamplingParams(max_tokens=1)))
+        assert engine.step()[0].num_cached_tokens == cached
+
+
+@pytest.mark.parametrize("max_ahead", [0, 1])
+def test_a_sequence_that_outgrows_its_step_is_computed_anew(max_ahead):
+    engine = engine_of(64, rope_bounds=(24, 36, 64), max_ahead=max_ahead)
+    for name, length in (("a", 20), ("b", 3), ("c", 40)):
+        engine.add_request(Request(name, [ord(name) % VOCAB] * length, SamplingParams()))
+    replies = drain(engine)
+    for name, length in (("a", 20), ("b", 3), ("c", 40)):
+        prompt = [ord(name) % VOCAB] * length
+        assert replies[name] == expected_reply(prompt, 64 - length, frozenset())
+    assert not engine.stats().num_preemptions  # blocks were not scarce
+    # A second turn finds what the reply has left behind, in its last step.
+    prompt = [ord("a") % VOCAB] * 20
+    engine.add_request(Request("d", prompt + replies["a"][:30], SamplingParams(max_tokens=1)))
+    assert [o.num_cached_tokens for _ in range(3) for o in engine.step()] == [48]
 
 
 def test_other_salts_share_nothing():

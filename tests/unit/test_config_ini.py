@@ -266,17 +266,38 @@ def test_a_bad_edit_changes_nothing(workspace, changes, words):
     ("key", "text", "value"), [("rope_scaling_factor", "1.0", 1.0), ("use_logn_attn", "1", True)]
 )
 def test_long_texts(workspace, key, text, value):
-    if hasattr(EngineConfig, key):
-        edit(workspace, {key: text})
-        found = getattr(options(workspace), key)
-        assert found == value and type(found) is type(value)
-        assert getattr(options(workspace, **{key: type(value)(0)}), key) == 0
-    else:  # an engine that cannot do it says so
-        with pytest.raises(UserError, match=f"{key} .* is not supported yet"):
-            edit(workspace, {key: text})
-        replace_line(workspace, key, f"{key} = {text}")
-        with pytest.raises(UserError, match=f"{key} .* is not supported yet"):
-            engine_options(str(workspace), {})
+    assert not getattr(options(workspace), key)  # the tutorial's 0 is an off
+    edit(workspace, {key: text})
+    found = getattr(options(workspace), key)
+    assert found == value and type(found) is type(value)
+    assert getattr(options(workspace, **{key: type(value)(0)}), key) == 0
+    rows = {row.name: row for row in show(workspace, {})}
+    assert (rows[key].value, rows[key].source) == (text, "config.ini")
+    rows = {row.name: row for row in show(workspace, {key: value})}
+    assert (rows[key].value, rows[key].source) == (text, "--" + key.replace("_", "-"))
+
+
+@pytest.mark.parametrize(
+    ("config_json", "factor", "logn"),
+    [
+        ({}, "0.0", "0"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "2.0", "0"),
+        ({"architectures": ["QWenLMHeadModel"], "use_logn_attn": True}, "1.0", "1"),
+    ],
+)
+def test_what_nobody_sets_the_model_says(workspace, config_json, factor, logn):
+    demo = Path(__file__).resolve().parents[2] / "assets" / "demo_model" / "config.json"
+    path = workspace / TOKENIZER / "config.json"
+    path.write_text(json.dumps({**json.loads(demo.read_text()), **config_json}))
+    files = record(workspace, [f"{TOKENIZER}/config.json"])
+    Manifest(1, "fp16", LOCKED, files).write(workspace)
+    for key in ("session_len", "rope_scaling_factor", "use_logn_attn"):
+        replace_line(workspace, key, "# not said")
+        assert getattr(options(workspace), key) is None
+    rows = {row.name: (row.value, row.source) for row in show(workspace, {})}
+    assert rows["session_len"] == ("2048", "model")
+    assert rows["rope_scaling_factor"] == (factor, "model")
+    assert rows["use_logn_attn"] == (logn, "model")
 
 
 def test_a_file_that_is_not_written_in_utf8(workspace):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from backend.layers.parallel import ParallelContext
+from backend.layers.rotary import QWEN_DYNAMIC
 from backend.models.loader import create_shell
 from backend.models.model_config import ConfigFields, ModelConfig
 from backend.models.registry import parse_config
@@ -118,7 +119,7 @@ def test_parameters(name):
 def test_what_only_they_say():
     qwen = parsed(PUBLISHED["Qwen-7B-Chat"][0])
     assert (qwen.max_position_embeddings, qwen.head_dim, qwen.dtype) == (8192, 128, "bfloat16")
-    assert qwen.use_dynamic_ntk and qwen.use_logn_attn and qwen.rms_norm_eps == 1e-6
+    assert qwen.rope.rope_type == QWEN_DYNAMIC and qwen.use_logn_attn and qwen.rms_norm_eps == 1e-6
     renamed = dict(
         hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
         intermediate_size="ffn_hidden_size",
