@@ -39,6 +39,7 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
 docs: $(VENV)/.run
 	$(BIN)/python -m backend.config > docs/configuration.md
 	$(BIN)/python -m backend.workspace.keys > docs/config_ini.md
+	$(BIN)/python -m backend.command_spelling > docs/commands/spelling.md
 
 clean:
 	rm -rf $(VENV)

@@ -3,49 +3,42 @@
 python app.py [MODEL]                          page and API on one port; the bundled model
 python app.py serve api_server MODEL           the API alone
 python app.py serve gradio http://HOST:PORT    the page over a remote api_server
+python app.py serve api_client http://HOST:PORT   in the terminal, with an api_server
 python app.py chat MODEL                       in the terminal
 python app.py benchmark profile_generation MODEL   how fast it is; docs/benchmarking.md
 python app.py lite auto_awq MODEL              quantize it, and measure how good it is then
 python app.py convert NAME MODEL               make a workspace; MODEL above may be one
 python app.py config show MODEL                what it is run with: every key, and what it does
 python app.py download NAMESPACE/NAME          fetch a model; MODEL above may be its id, too
+python app.py check_env                        what this machine can run
 python app.py list                             the chat formats' names
+
+What LMDeploy's tutorials have after `lmdeploy` or `python3` works here; docs/commands/spelling.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import difflib
 import logging
-import os
 import sys
-from dataclasses import fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from backend import config
-from backend.benchmark.commands import add_commands
-from backend.chat_formats import template_choice
-from backend.config import ChatConfig, EngineConfig, SamplingParams, ServerConfig
+from backend import chat_commands, command_line, config
+from backend.benchmark.commands import add_commands as add_benchmark_commands
+from backend.command_line import Parser, add_command
+from backend.config import ChatConfig, EngineConfig, ServerConfig, parse_bool
 from backend.errors import UserError
 from backend.hub_commands import add_command as add_download_command, fetch_named_models
-from backend.workspace.settings import engine_options, model_name
-from backend.workspace_commands import (
-    COMMANDS as WORKSPACE_COMMANDS,
-    add_commands as add_workspace_commands,
-)
+from backend.target import add_service_flags, is_address, open_services
+from backend.workspace_commands import add_commands as add_workspace_commands
 from quantize.commands import add_commands as add_lite_commands
 
 if TYPE_CHECKING:
     from backend.services import Services
 
-COMMANDS = (
-    "run", "serve", "chat", "benchmark", "lite", "download", "list", *WORKSPACE_COMMANDS, "-h",
-    "--help",
-)  # fmt: skip
 SERVER = (EngineConfig, ChatConfig, ServerConfig)
-BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "demo_model"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,117 +56,67 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells mistakes as all others are told: one sentence, not after a screen of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}.", f"See: python {self.prog} --help")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. Without a command it is `run`; `--server_name` is `--server-name`.
+    """The command line, in any spelling of LMDeploy's; without a command it is `run`.
 
     Raises:
         UserError: an unknown flag, or a value of the wrong kind.
     """
-    if not argv or argv[0] not in COMMANDS:
-        argv = ["run", *argv]
-    flags = [word.partition("=") for word in argv]
-    argv = [
-        (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value
-        for flag, equals, value in flags
-    ]
+    return command_line.parse(make_parser(), argv)
+
+
+def make_parser() -> Parser:
+    """Every command."""
     parser = Parser(
         "app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _command(commands, "run", "page and API on one port", run_page, *SERVER)
-    serve = commands.add_parser("serve", help="a server: api_server or gradio")
-    kinds = serve.add_subparsers(required=True, metavar="api_server|gradio")
-    text = "the OpenAI-compatible API"
-    _command(kinds, "api_server", text, run_api_server, *SERVER)
-    text = "the page, over the api_server at a URL or with a model of its own"
-    _command(kinds, "gradio", text, run_page, *SERVER)
-    settings = (EngineConfig, ChatConfig, SamplingParams)
-    chat = _command(commands, "chat", "in the terminal", run_chat, *settings)
-    chat.add_argument("--system", help="system prompt")
-    chat.add_argument("--api-key", default="", help="key of the api_server, if MODEL is a URL")
+    examples = ("", "./internlm2-chat-1_8b", "./workspace --server-port 7000")
+    text = "page and API on one port; without a command it is this one"
+    add_service_flags(add_command(commands, "run", text, run_page, *SERVER, examples=examples))
+    _add_serve(commands)
+    chat_commands.add_commands(commands)
     names = "profile_generation|profile_throughput|profile_restful_api"
-    benchmark = commands.add_parser("benchmark", help="how fast a model or a server is")
-    add_commands(benchmark.add_subparsers(required=True, metavar=names))
-    lite = commands.add_parser("lite", help="quantize a model, or measure how good one is")
+    text = "how fast a model or a server is"
+    benchmark = commands.add_parser("benchmark", help=text, description=text)
+    add_benchmark_commands(benchmark.add_subparsers(required=True, metavar=names))
+    text = "quantize a model, or measure how good one is"
+    lite = commands.add_parser("lite", help=text, description=text)
     names = "calibrate|auto_awq|smooth_quant|kv_qparams|evaluate"
     add_lite_commands(lite.add_subparsers(required=True, metavar=names))
     add_workspace_commands(commands)
     add_download_command(commands)
-    text = "the chat formats that --model-name and --chat-template take by name"
-    commands.add_parser("list", help=text, description=text).set_defaults(run=list_formats)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        message = f"unrecognized arguments: {' '.join(unknown)}."
-        raise UserError(message, _hint(unknown, parser, argv))
-    return args
+    return parser
 
 
-def _hint(unknown: list[str], parser: argparse.ArgumentParser, argv: list[str]) -> str:
-    """The flag of the chosen command that was perhaps meant, else where its flags are told."""
-    for word in argv:
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction) and word in action.choices:
-                parser = action.choices[word]
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
-    return f"Did you mean {near[0]}?" if near else f"See: python {parser.prog} --help"
+def _add_serve(commands) -> None:
+    text = "a server: the API, the page; or a client of one"
+    serve = commands.add_parser("serve", help=text, description=text)
+    kinds = serve.add_subparsers(required=True, metavar="api_server|gradio|api_client")
+    text = "the OpenAI-compatible API"
+    examples = ("serve api_server ./workspace --server-port 23333",
+                "serve api_server ./internlm2-chat-7b --server-name 0.0.0.0 --tp 2")
+    sub = add_command(kinds, "api_server", text, run_api_server, *SERVER, examples=examples)
+    add_service_flags(sub)
+    text = "the page, over the api_server at a URL or with a model of its own"
+    examples = ("serve gradio ./workspace",
+                "serve gradio http://127.0.0.1:23333 --server-port 6006")
+    sub = add_command(kinds, "gradio", text, run_gradio, *SERVER, examples=examples)
+    add_service_flags(sub)
+    text = "true insists that the target is a server's URL, false that it is a model"
+    sub.add_argument("--restful-api", type=parse_bool, metavar="true|false", help=text)
+    chat_commands.add_api_client(kinds)
 
 
-def _command(group, name: str, help: str, run, *settings: type) -> argparse.ArgumentParser:
-    sub = group.add_parser(name, help=help, description=help, allow_abbrev=False)
-    sub.set_defaults(run=run)
-    for cls in settings:
-        config.add_arguments(sub, cls)
-    text = "run the engine in this process instead of a child"
-    sub.add_argument("--inline", action="store_true", help=text)
-    return sub
-
-
-def open_services(args: argparse.Namespace, api_key: str = "") -> Services:
-    """Services for the positional target: a URL (or host:port that is no folder), or a model."""
-    from backend.engine.inline import ThreadHandle
-    from backend.engine.launcher import ProcessHandle
-    from backend.services import local_services, remote_services
-
-    for key in getattr(args, "api_keys", ()):
-        if os.path.isdir(key) or "://" in key:  # --api-keys takes all words up to the next flag
-            raise UserError(f"{key} was read as an API key.", "Name the model before --api-keys.")
-    target = os.path.expanduser(getattr(args, "model", str(BUNDLED_MODEL)))
-    host, _, port = target.rpartition(":")  # a number alone is the name of a folder
-    is_address = bool(host) and port.isdigit() and not os.path.exists(target)
-    if "://" in target or is_address:
-        for name in (f.name for cls in (EngineConfig, ChatConfig) for f in fields(cls)):
-            if name != "model" and hasattr(args, name):
-                flag = "--" + name.replace("_", "-")
-                raise UserError(
-                    f"{flag} is for a model, not for the server {target}.",
-                    "Give it to the command that serves the model.",
-                )
-        return remote_services(target, api_key)
-    options = engine_options(target, vars(args))
-    # The engine's process has another working directory.
-    engine = config.from_namespace(EngineConfig, args, **options)
-    engine = replace(engine, model=os.path.abspath(target))
-    named = config.from_namespace(ChatConfig, args)
-    name = named.model_name or model_name(target)
-    template = template_choice(named.chat_template, name)
-    launch = ThreadHandle if args.inline else ProcessHandle
-    return local_services(engine, name or os.path.basename(engine.model), launch, template)
-
-
-def list_formats(args: argparse.Namespace) -> int:
-    """Print the names of the chat formats, one a line."""
-    from backend.chat_formats import names
-
-    print("\n".join(names()))
-    return 0
+async def run_gradio(args: argparse.Namespace) -> int:
+    """The page, over what the user says that the target is."""
+    if args.restful_api is not None and args.restful_api != is_address(getattr(args, "model", "")):
+        raise UserError(
+            f"--restful-api {str(args.restful_api).lower()} does not fit the target.",
+            "Name a server as http://HOST:PORT, or a model's folder.",
+            field="restful_api",
+        )
+    return await run_page(args)
 
 
 async def run_page(args: argparse.Namespace) -> int:
@@ -192,20 +135,6 @@ async def run_api_server(args: argparse.Namespace) -> int:
     if services.remote:
         raise UserError(f"{args.model} is a server already.", "Name a model's folder.")
     return await serve(services, server, fixed_port=True, with_page=False)
-
-
-async def run_chat(args: argparse.Namespace) -> int:
-    """Chat in the terminal, until the user leaves."""
-    from backend.console import chat
-
-    services = open_services(args, args.api_key)
-    defaults = {"max_tokens": 512, **services.sampling_defaults}
-    sampling = config.from_namespace(SamplingParams, args, **defaults)
-    async with services:
-        await services.ready()
-        await services.chat.models()  # a dead server is told now, not after the first message
-        await chat(services.chat, sampling, system=args.system)
-    return 0
 
 
 async def serve(services: Services, server: ServerConfig, fixed_port: bool, with_page: bool) -> int:

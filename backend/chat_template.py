@@ -14,11 +14,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from backend import chat_formats
 from backend.chat_formats import ChatFormat
+from backend.config import ChatConfig
 from backend.errors import UserError
 from backend.model_files import chat_template_source, read_text, special_tokens
 from backend.tokenizer import Tokenizer
@@ -90,12 +92,14 @@ class ChatTemplate:
     Args:
         source: Jinja, or a format; None for a model without one, which then cannot chat.
         variables: what the template may ask for besides the messages, such as "bos_token".
+        meta_instruction: system prompt of conversations that bring none; "" leaves that to the
+            template.
         seconds: CPU time of one rendering, and of compiling the template.
     """
 
     def __init__(
         self, source: str | ChatFormat | None, variables: Mapping[str, str] | None = None, *,
-        seconds: float = 0.5,
+        meta_instruction: str = "", seconds: float = 0.5,
     ) -> None:
         if isinstance(source, str) and len(source) > MAX_SOURCE_CHARS:
             raise UserError(
@@ -103,6 +107,7 @@ class ChatTemplate:
                 "Use the original files of the model.")
         self.source = source
         self.variables = dict(variables or {})
+        self.meta_instruction = meta_instruction
         self.seconds = seconds
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
@@ -125,6 +130,28 @@ class ChatTemplate:
             log.warning("The chat template %s takes the place of the model's own.", choice)
         return cls(source or chat_formats.declared(folder), special_tokens(folder))
 
+    @classmethod
+    def from_config(cls, folder: str | Path, config: ChatConfig) -> ChatTemplate:
+        """The template that `config` asks for: its choice, capability and system prompt.
+
+        Raises:
+            UserError: as `from_folder`.
+        """
+        template = cls.from_folder(folder, config.chat_template)
+        template.meta_instruction = config.meta_instruction
+        source = template.source
+        if isinstance(source, ChatFormat) and config.cap != "auto":
+            template.source = replace(source, capability=config.cap)
+        elif config.cap not in ("auto", "chat"):
+            template.source = ChatFormat(capability=config.cap)
+        return template
+
+    def _checked(self, messages: Any) -> list[dict[str, str]]:
+        checked = check_messages(messages)
+        if self.meta_instruction and checked[0]["role"] != "system":
+            checked.insert(0, {"role": "system", "content": self.meta_instruction})
+        return checked
+
     def stops(self, tokenizer: Tokenizer) -> tuple[list[int], list[str]]:
         """(token ids, texts) that end a reply, besides those that the checkpoint names."""
         if isinstance(self.source, ChatFormat):
@@ -144,7 +171,7 @@ class ChatTemplate:
         Raises:
             UserError: see `render`.
         """
-        checked = check_messages(messages)
+        checked = self._checked(messages)
         token = tokenizer.special_token
         if token is None or not any(token.search(message["content"]) for message in checked):
             return tokenizer.encode(self.render(checked), add_special_tokens=False)
@@ -171,7 +198,7 @@ class ChatTemplate:
         Raises:
             UserError: bad messages; the template refuses them, is broken, or exceeds its bounds.
         """
-        checked = check_messages(messages)
+        checked = self._checked(messages)
         if self.source is None:
             raise UserError(
                 "This model has no chat template, so it cannot chat.",

@@ -101,6 +101,12 @@ class EngineConfig:
         64, "tokens in one KV block, the unit of prefix reuse", choices=(8, 16, 32, 64, 128, 256)
     )
     enable_prefix_caching: bool = option(True, "reuse the KV of prompts' common beginnings")
+    kernels: str = option(
+        "auto",
+        "auto: the device's own; reference: plain torch operations, slow and obvious, to compare "
+        "with",
+        choices=("auto", "reference"),
+    )
     eager_mode: bool = option(False, "on a GPU, no CUDA graphs: slower; starts a little sooner")
     batch_invariant: bool = option(
         False, "the same reply to the bit whatever else runs beside it; slower"
@@ -200,6 +206,23 @@ class ChatConfig:
         "a name that `list` prints, or a .json or .jinja file; default: the checkpoint's own, "
         "else that of its architecture",
     )
+    meta_instruction: str = option(
+        "", "system prompt of conversations that bring none, instead of the template's own"
+    )
+    cap: str = option(
+        "auto",
+        "what the model is for: chat; completion and python pass on what is said without a "
+        "template, infilling fills in for <FILL>; auto is what its template is for",
+        choices=("auto", "chat", "completion", "infilling", "python"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.meta_instruction and self.cap not in ("auto", "chat"):
+            raise UserError(
+                f"A system prompt (meta_instruction) has no place in {self.cap}.",
+                "Leave one of the two out.",
+                field="meta_instruction",
+            )
 
 
 def workspace_kv_cache_dtype(quant_policy: int) -> str:
@@ -293,7 +316,9 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"true or false expected, not {text!r}")
 
 
-def add_arguments(parser: argparse.ArgumentParser, cls: type, positionals: bool = True) -> None:
+def add_arguments(
+    parser: argparse._ActionsContainer, cls: type, positionals: bool = True
+) -> None:
     """Add one flag (or positional) for every field of `cls` that a command line can spell."""
     hints = typing.get_type_hints(cls)
     for f in fields(cls):

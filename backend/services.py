@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from backend.chat import ChatBackend, ChatService
 from backend.chat_template import ChatTemplate
-from backend.config import EngineConfig
+from backend.config import ChatConfig, EngineConfig
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.launcher import Handle, ProcessHandle
 from backend.errors import UserError
@@ -85,22 +85,23 @@ def local_services(
     config: EngineConfig,
     model_name: str,
     launch: Callable[[], Handle] = ProcessHandle,
-    chat_template: str = "",
+    chat_config: ChatConfig | None = None,
 ) -> Services:
     """Services over an engine of our own. The engine is started by the caller's event loop.
 
     Args:
         model_name: in the API.
-        chat_template: instead of the model's own, see `ChatTemplate.from_folder`.
+        chat_config: how messages become prompts.
 
     Raises:
         UserError: the model's folder has no tokenizer that can be used, or there is no such
             template.
     """
+    template = ChatTemplate.from_config(config.model, chat_config or ChatConfig())
     chat = ChatService(
         AsyncEngine(config, launch),
         Tokenizer.from_folder(config.model),
-        ChatTemplate.from_folder(config.model, chat_template),
+        template,
         model_name,
     )
     return Services(chat, local=chat, sampling_defaults=sampling_defaults(config.model))

@@ -1,9 +1,9 @@
-"""The operations of a decoder: the contract, then dispatch by device.
+"""The operations of a decoder: the contract; `kernels.dispatch` chooses by device.
 
 Each op exists under one name in `kernels.reference` (plain torch, float32 inside, obvious: the
 specification) and, where a device has something faster, in `kernels.cpu` or `kernels.gpu`.
-Callers use only this module. Imports torch, nothing else of ours but `kernels.packing`'s data; the
-device's module is imported at its first use.
+Callers use only this module. Imports torch, nothing else of ours but `kernels.packing`'s data and
+the dispatch; the device's module is imported at its first use.
 
 Shapes: T tokens of all sequences one after another, S sequences, H query heads, K KV heads (H is a
 multiple of K), D head_dim, N slots of the KV pool (num_blocks * block_size).
@@ -11,14 +11,12 @@ multiple of K), D head_dim, N slots of the KV pool (num_blocks * block_size).
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from torch import Tensor
 
+from kernels.dispatch import implementation
 from kernels.packing import W4Weight, W8Weight
 
 
@@ -78,19 +76,6 @@ class AttentionMetadata:
 
 # Bytes of 16-bit KV that attention of prompts may make of a quantized pool, to read it faster.
 LARGEST_KV_COPY = 512 << 20
-
-# Device type -> the module with its own forms of some ops.
-OWN_FORMS = {"cpu": "kernels.cpu", "cuda": "kernels.gpu"}
-
-
-@cache
-def implementation(name: str, device_type: str) -> Callable[..., Any]:
-    """The function that serves op `name` on `device_type`: the device's own, else the reference."""
-    if device_type in OWN_FORMS:
-        found = getattr(importlib.import_module(OWN_FORMS[device_type]), name, None)
-        if found is not None:
-            return found
-    return getattr(importlib.import_module("kernels.reference"), name)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

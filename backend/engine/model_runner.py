@@ -32,6 +32,7 @@ from backend.models.long_context import LongContext, warn_of_length
 from backend.models.model_config import ModelConfig
 from backend.models.registry import read_model_config
 from kernels import ops
+from kernels.dispatch import reference_only
 from kernels.ops import AttentionMetadata, KVCache
 
 log = logging.getLogger(__name__)
@@ -75,10 +76,12 @@ class ModelRunner:
         self._peers = peers
         model_config = read_model_config(config.model, long_context(config))
         dtype = compute_dtype(config, model_config, self.device)
-        self.model, _ = load_model(
-            config.model, dtype, self.device, parallel, config.session_len,
-            long_context=long_context(config), batch_invariant=config.batch_invariant,
-        )  # fmt: skip
+        self._reference = config.kernels == "reference"
+        with reference_only(self._reference):  # weights stay as its operations read them
+            self.model, _ = load_model(
+                config.model, dtype, self.device, parallel, config.session_len,
+                long_context=long_context(config), batch_invariant=config.batch_invariant,
+            )  # fmt: skip
         loaded = time.perf_counter()
         self.block_size = config.cache_block_seq_len
         self._batch_invariant = config.batch_invariant
@@ -97,7 +100,7 @@ class ModelRunner:
             self.kv_caches = kv_cache.allocate(
                 shape, self.info.num_blocks * self.block_size, self.device
             )
-            prepare_s = self._prepare(config) if on_gpu else 0.0
+            prepare_s = self._prepare(config) if on_gpu and not self._reference else 0.0
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "The GPU has too little memory for this model's steps and KV cache.",
@@ -149,6 +152,10 @@ class ModelRunner:
     @torch.inference_mode()
     def compute(self, step: StepInput, sequences: list[Sequence] | None = None) -> Launched:
         """One rank's part of a step. Further ranks know of no `sequences`."""
+        with reference_only(self._reference):
+            return self._compute(step, sequences)
+
+    def _compute(self, step: StepInput, sequences: list[Sequence] | None) -> Launched:
         one_each = len(step.sample_rows) == len(step.query_lens) == len(step.token_ids)
         if self._decode_steps is not None and one_each:
             logits = self._decode_steps.run(step)[: len(step.sample_rows)]
@@ -215,18 +222,18 @@ class ModelRunner:
         return sampler.to_device(torch.tensor(values, dtype=dtype), self.device)
 
     def _metadata(self, step: StepInput) -> AttentionMetadata:
-        """A CPU reads the host's lists, so it is spared the tensors that say the same."""
-        on_gpu = bool(self.max_ahead)
-        starts, width = [0], max(map(len, step.block_tables)) if on_gpu else 0
+        """A CPU's operations read the host's lists, and are spared tensors that say the same."""
+        with_tensors = bool(self.max_ahead) or self._reference
+        starts, width = [0], max(map(len, step.block_tables)) if with_tensors else 0
         for length in step.query_lens:
             starts.append(starts[-1] + length)
-        tables = [t + [0] * (width - len(t)) for t in step.block_tables] if on_gpu else []
+        tables = [t + [0] * (width - len(t)) for t in step.block_tables] if with_tensors else []
         longer = [i for i, length in enumerate(step.query_lens) if length > 1]
         return AttentionMetadata(
             slot_mapping=self._tensor(step.slot_mapping, torch.int64),
             block_table=self._tensor(tables, torch.int32),  # type: ignore[arg-type]
-            cu_seqlens_q=self._tensor(starts if on_gpu else [], torch.int32),
-            seq_lens_k=self._tensor(step.seq_lens if on_gpu else [], torch.int32),
+            cu_seqlens_q=self._tensor(starts if with_tensors else [], torch.int32),
+            seq_lens_k=self._tensor(step.seq_lens if with_tensors else [], torch.int32),
             query_lens=step.query_lens,
             seq_lens=step.seq_lens,
             kv_runs=step.kv_runs,

@@ -42,6 +42,7 @@ from backend.models.workspace_weights import (
 )
 from backend.workspace.layout import verify, workspace_of
 from kernels.cpu.linear_w4 import supports as cpu_has_w4
+from kernels.dispatch import is_reference_only
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +213,7 @@ def linear_method(
         return UnquantizedMethod()
     if quantization.method == "smooth_quant":
         return SmoothQuantMethod(quantization.not_converted)
-    has_kernel = has_w4_kernel(dtype, device)
+    has_kernel = is_reference_only() or has_w4_kernel(dtype, device)
     if not has_kernel:
         log.warning(
             "4-bit weights are unpacked to %s and take the memory and the time of such a model's: "
@@ -224,7 +225,7 @@ def linear_method(
         quantization.group_size,
         quantization.not_converted,
         None if has_kernel else dtype,
-        pack_runs if device.type == "cpu" else pack_tiles,
+        pack_runs if device.type == "cpu" and not is_reference_only() else pack_tiles,
     )
 
 

@@ -37,7 +37,7 @@ from backend.models.checkpoint import DOWNLOAD_AGAIN, TensorInfo, read_tensor
 from backend.models.decoder import DecoderLayer
 from backend.models.loader import check_model, create_shell, is_finite, linear_method
 from backend.models.long_context import LongContext
-from backend.models.model_config import ModelConfig
+from backend.models.model_config import ModelConfig, QuantizationConfig
 from backend.models.registry import read_config_fields
 from backend.models.workspace_weights import pack_scales_zeros, stored_name, workspace_slots
 from backend.tokenizer import Tokenizer
@@ -152,7 +152,31 @@ def convert(
 def _check_source(folder: Path, tp: int, model_format: str | None, group_size: int) -> Source:
     for rank in range(tp):
         config, tensors = check_model(str(folder), ParallelContext(rank, tp))
-    quantization = config.quantization
+    check_format(folder, config.quantization, model_format, group_size)
+    formats = {
+        FLOATS[info.dtype] for name, info in tensors.items()
+        if info.dtype in FLOATS and not name.endswith((".scales", ".scale"))
+    }  # fmt: skip
+    dtype = formats.pop() if len(formats) == 1 else torch.float32  # the one that holds them all
+    return Source(folder, config, tensors, dtype)
+
+
+def check_format(
+    folder: str | Path,
+    quantization: QuantizationConfig | None,
+    model_format: str | None,
+    group_size: int,
+) -> None:
+    """Compare what a user says of a model's weights with what its files say.
+
+    Args:
+        quantization: by its files.
+        model_format: "hf" or "awq"; None is not given.
+        group_size: 0 is not given.
+
+    Raises:
+        UserError: they disagree.
+    """
     is_awq = quantization is not None and quantization.method == "awq"
     if model_format is not None and (model_format == "awq") != is_awq:
         found = "4-bit AWQ weights" if is_awq else "no 4-bit weights"
@@ -169,12 +193,6 @@ def _check_source(folder: Path, tp: int, model_format: str | None, group_size: i
             "Leave --group-size out: the model's files tell it.",
             field="group_size",
         )
-    formats = {
-        FLOATS[info.dtype] for name, info in tensors.items()
-        if info.dtype in FLOATS and not name.endswith((".scales", ".scale"))
-    }  # fmt: skip
-    dtype = formats.pop() if len(formats) == 1 else torch.float32  # the one that holds them all
-    return Source(folder, config, tensors, dtype)
 
 
 def _tokenizer_files(folder: Path, tokenizer_path: str | Path | None) -> list[Path]:

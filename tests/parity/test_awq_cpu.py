@@ -104,6 +104,18 @@ def divergence(model, folder: Path, ids: Tensor) -> float:
     return float((expected.exp() * (expected - found.double().log_softmax(-1))).sum(-1).mean())
 
 
+def test_plain_torch_operations_read_the_4_bits_too(tmp_path):
+    make_checkpoint(tmp_path, "llama")
+    quantize_checkpoint(tmp_path)
+    replies = []
+    for kernels in ("auto", "reference"):  # in float32 the CPU's own form is the unpacked weight
+        engine = engine_for(tmp_path, kernels=kernels)
+        engine.add_request(made(0, prompts()[1]))
+        replies.append(drain(engine))
+    assert replies[0] == replies[1]
+    assert engine.runner.model.layers[0].mlp.down_proj.w4.qweight.dtype == torch.int32
+
+
 def test_it_diverges_by_less_than_a_ten_thousandth(quantized):
     folder, _, model = quantized
     ids = torch.randint(300, 6000, (LENGTH,), generator=torch.Generator().manual_seed(2))

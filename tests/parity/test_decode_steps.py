@@ -17,7 +17,7 @@ from backend.engine.engine import Engine
 from backend.engine.model_runner import Launched
 from backend.engine.types import Request, SampledToken
 from backend.engine.worker import build_engine
-from kernels import ops
+from kernels import dispatch
 from tests.tiny_model import make_checkpoint
 
 PROMPTS = [[5, 6, 7], list(range(20, 39)), [9], list(range(100, 111)), [3, 3], [4, 5, 6, 7]]
@@ -32,10 +32,10 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def triton_ops(monkeypatch):
-    monkeypatch.setitem(ops.OWN_FORMS, "cpu", "kernels.gpu")
-    ops.implementation.cache_clear()
+    monkeypatch.setitem(dispatch.OWN_FORMS, "cpu", "kernels.gpu")
+    dispatch.form_on.cache_clear()
     yield
-    ops.implementation.cache_clear()
+    dispatch.form_on.cache_clear()
 
 
 def as_on_a_gpu(engine: Engine, max_blocks: int) -> None:
@@ -85,7 +85,7 @@ def test_the_gpus_way_gives_the_cpus_replies(checkpoint, triton_ops):
     ahead = engine_of(checkpoint)
     as_on_a_gpu(ahead, max_blocks=8)
     found = [replies(ahead), replies(ahead)]  # the second from cached prefixes
-    ops.OWN_FORMS["cpu"] = "kernels.cpu"
-    ops.implementation.cache_clear()
+    dispatch.OWN_FORMS["cpu"] = "kernels.cpu"
+    dispatch.form_on.cache_clear()
     expected = replies(engine_of(checkpoint))
     assert found == [expected, expected]

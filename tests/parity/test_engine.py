@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import kernels.cpu
 from backend.config import EngineConfig, SamplingParams
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.engine import Engine
@@ -18,6 +19,7 @@ from backend.engine.types import Request
 from backend.engine.worker import build_engine
 from backend.errors import UserError
 from backend.layers.parallel import ParallelContext
+from kernels.dispatch import form_on
 from tests.tiny_model import FAMILIES, make_checkpoint
 
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo_model"
@@ -100,6 +102,23 @@ def test_alone(checkpoint, expected):
 
 def test_in_a_batch(checkpoint, expected):
     assert all_at_once(engine_for(checkpoint)) == expected
+
+
+def test_on_plain_torch_operations(checkpoint, expected, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a form of the device's own")
+
+    for name in kernels.cpu.__all__:
+        monkeypatch.setattr(kernels.cpu, name, never)
+    form_on.cache_clear()
+    try:
+        with pytest.raises(AssertionError, match="of the device's own"):
+            all_at_once(engine_for(checkpoint))
+        assert all_at_once(engine_for(checkpoint, kernels="reference")) == expected
+        engine = engine_for(checkpoint, kernels="reference", quant_policy=8)
+        assert len(all_at_once(engine)[0]) == TOKENS
+    finally:
+        form_on.cache_clear()
 
 
 def test_chunked(checkpoint, expected):

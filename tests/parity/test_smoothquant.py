@@ -120,9 +120,13 @@ def test_near_the_float_model(demo, dtype):
     assert 0 < float(divergence) < 0.02
 
 
-def test_the_engine_runs_it(demo):
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_the_engine_runs_it(demo, kernels):
     engine = build_engine(
-        EngineConfig(model=str(demo), device="cpu", session_len=128, quant_policy=8)
+        EngineConfig(
+            model=str(demo), dtype="bfloat16", device="cpu", session_len=128, quant_policy=8,
+            kernels=kernels,
+        )  # fmt: skip
     )
     assert engine.runner.info.quantization == "smooth_quant"
     plain, _ = load_model(str(DEMO), torch.bfloat16, CPU, ParallelContext())

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import app
 from backend.errors import UserError
+from backend.target import BUNDLED_MODEL
 from backend.tokenizer import Tokenizer
 from quantize import smoothquant
 from quantize.awq import SearchSettings, quantize_block
@@ -26,7 +26,7 @@ from quantize.stats import CalibrationStats
 from tests.quantization.test_auto_awq import digests
 from tests.tiny_model import make_checkpoint
 
-DEMO = str(app.BUNDLED_MODEL)
+DEMO = str(BUNDLED_MODEL)
 CPU, FLOAT, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 NEAREST = SearchSettings(scale=False, clip=False, compensate=False)
 

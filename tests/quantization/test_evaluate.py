@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import app
 from backend.errors import UserError
+from backend.target import BUNDLED_MODEL
 from backend.tokenizer import Tokenizer
 from quantize import model_run
 from quantize.evaluate import EvaluationSettings, evaluate, heldout_windows
@@ -23,7 +23,7 @@ from quantize.verdict import VERDICT_FILE, Comparison, Measured, bootstrap, judg
 from tests.tiny_model import make_checkpoint
 from tests.unit.test_awq import quantize_checkpoint
 
-DEMO = str(app.BUNDLED_MODEL)
+DEMO = str(BUNDLED_MODEL)
 FEW = EvaluationSettings(tokens=1024, seqlen=128, device="cpu")
 WHOLE = "model.safetensors"
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import app
 from backend.errors import UserError
+from backend.target import BUNDLED_MODEL
 from quantize import data
 from quantize.lite import calibration_settings
 from tests.tiny_model import make_checkpoint
 from tests.unit.test_awq import edit_config, quantize_checkpoint
 
-DEMO = str(app.BUNDLED_MODEL)
+DEMO = str(BUNDLED_MODEL)
 SMALL = ("--calib-samples", "4", "--calib-seqlen", "64", "--device", "cpu")
 JUDGED = ("--eval-tokens", "512")
 WHOLE = "model.safetensors"
@@ -129,7 +130,7 @@ def test_nan_weights(refused, here, tiny, command):
 
 
 def test_auto_awq_writes_judges_and_refuses_to_write_again(here, capfd, refused):
-    before = bytes_of(app.BUNDLED_MODEL)
+    before = bytes_of(BUNDLED_MODEL)
     argv = ["auto_awq", DEMO, "--calib-samples", "8", "--calib-seqlen", "256", "--device", "cpu"]
     assert app.main(["lite", *argv, "--eval-tokens", "4096"]) == 0
     said = capfd.readouterr().out
@@ -142,7 +143,7 @@ def test_auto_awq_writes_judges_and_refuses_to_write_again(here, capfd, refused)
     assert len(job["losses"]) == 5  # one a layer, to plot
     assert "exists already" in refused(*argv)
     assert "is quantized already" in refused("auto_awq", "demo_model-awq")
-    assert bytes_of(app.BUNDLED_MODEL) == before
+    assert bytes_of(BUNDLED_MODEL) == before
 
 
 def test_smooth_quant_writes_and_judges(here, capfd):

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import app
 from backend.errors import UserError
+from backend.target import BUNDLED_MODEL
 from quantize import preflight
 from quantize.progress import Progress, duration
 from tests.tiny_model import FAMILIES, make_checkpoint
 from tests.unit.test_awq import edit_config, quantize_checkpoint
 
-DEMO = str(app.BUNDLED_MODEL)
+DEMO = str(BUNDLED_MODEL)
 WHOLE = "model.safetensors"
 
 

@@ -40,6 +40,7 @@ from backend.config import EngineConfig, SamplingParams
 from backend.engine.engine import Engine
 from backend.engine.inline import ThreadHandle
 from backend.errors import RemoteError, UserError
+from backend.target import BUNDLED_MODEL
 from tests.fake_model import FakeRunner, fake_engine, fake_info
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -280,7 +281,7 @@ def test_what_does_not_fit_and_what_fails_is_told():
 
 def test_command_writes_table_and_csv(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     file = tmp_path / "figures.csv"
-    words = ["benchmark", "profile_generation", str(app.BUNDLED_MODEL), "--concurrency", "1", "2",
+    words = ["benchmark", "profile_generation", str(BUNDLED_MODEL), "--concurrency", "1", "2",
              "--completion-tokens", "4", "--rounds", "1", "--inline", "--csv", str(file)]
     assert app.main(words) == 0
     assert "startup_s:" in capfd.readouterr().out
@@ -294,7 +295,7 @@ def test_command_runs_mixed_lengths(tmp_path: Path, capfd: pytest.CaptureFixture
     file = tmp_path / "chats.json"
     chat = {"conversations": [{"value": "What is a KV cache?"}, {"value": "It keeps the past."}]}
     file.write_text(json.dumps([chat] * 3))
-    words = ["benchmark", "profile_throughput", str(app.BUNDLED_MODEL), "--num-prompts", "2",
+    words = ["benchmark", "profile_throughput", str(BUNDLED_MODEL), "--num-prompts", "2",
              "--warmup-prompts", "0", "--dataset", str(file), "--inline"]
     assert app.main(words) == 0
     assert "TTFT" in capfd.readouterr().out

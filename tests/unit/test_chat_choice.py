@@ -20,6 +20,7 @@ from backend.engine.types import Sequence
 from backend.errors import UserError
 from tests import fake_tokenizer
 from tests.server.support import Script, byte_tokenizer
+from tests.tiny_model import make_checkpoint
 
 
 def service(*words: str) -> ChatService:
@@ -105,3 +106,32 @@ def test_stop_words_of_the_format_end_a_reply() -> None:
     with_token = ChatTemplate(ChatFormat(bos=False, user="ab<s>", stop_words=("<s>",)))
     assert with_token.stops(byte_tokenizer()) == ([256], [])
     assert asyncio.run(reply(with_token, "two")) == Delta("ab", "stop")
+
+
+def test_a_system_prompt_and_a_capability_by_flags(tmp_path: Path) -> None:
+    fake_tokenizer.save_chatml(tmp_path)
+    user = [{"role": "user", "content": "Hi"}]
+    words = ["chat", str(tmp_path)]
+    for flags in ((), ("--model-name", "chatml")):
+        template = service(*words, *flags, "--meta-instruction", "Be brief.").template
+        system = [{"role": "system", "content": "Be brief."}]
+        assert template.render(user) == service(*words, *flags).template.render(system + user)
+        own = [{"role": "system", "content": "Own."}, *user]
+        assert "Be brief." not in template.render(own)
+        plain = service(*words, *flags, "--cap", "completion").template
+        assert plain.render(user) == "Hi"
+    filled = [{"role": "user", "content": "a <FILL> b"}]
+    infilling = service(*words, "--cap", "infilling").template
+    assert infilling.render(filled).startswith("<PRE> a  <SUF>")
+    with pytest.raises(UserError, match="no place in completion"):
+        service(*words, "--cap", "completion", "--meta-instruction", "x")
+
+
+def test_what_is_said_of_the_weights_must_be_so(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    words = ["chat", str(tmp_path)]
+    service(*words, "--model-format", "hf")
+    with pytest.raises(UserError, match="no 4-bit weights"):
+        service(*words, "--model-format", "awq")
+    with pytest.raises(UserError, match="no group size"):
+        service(*words, "--group-size", "128")

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import app
+from backend import chat_commands
 from backend.config import ServerConfig
 from backend.server.listen import bind, local_url, tunnel_line
 from tests.app_process import BOUND_S, ROOT, AppProcess, assert_gone, environment
@@ -75,9 +76,9 @@ def test_parse_fills_in_the_command_and_takes_underscores():
     args = app.parse(["serve", "api_server", "m", "--cache_max_entry_count", "0.5", "--tp", "2"])
     assert args.run is app.run_api_server
     assert (args.model, args.cache_max_entry_count, args.tp) == ("m", 0.5, 2)
-    assert app.parse(["serve", "gradio", "http://0.0.0.0:23333"]).run is app.run_page
+    assert app.parse(["serve", "gradio", "http://0.0.0.0:23333"]).run is app.run_gradio
     args = app.parse(["chat", "m", "--temperature", "0", "--system", "with_under_score"])
-    assert args.run is app.run_chat and args.system == "with_under_score"
+    assert args.run is chat_commands.run_chat and args.system == "with_under_score"
 
 
 @pytest.mark.parametrize(("argv", "words"), [

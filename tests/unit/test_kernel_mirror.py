@@ -11,12 +11,13 @@ import pytest
 import kernels.cpu
 import kernels.reference
 from kernels import ops
+from kernels.dispatch import reference_only
 
 KERNELS = Path(ops.__file__).parent
 NAMES = [
     name
     for name, function in inspect.getmembers(ops, inspect.isfunction)
-    if function.__module__ == ops.__name__ and not hasattr(function, "cache_info")
+    if function.__module__ == ops.__name__
 ]
 
 
@@ -61,3 +62,6 @@ def test_every_public_name_of_the_cpu_package_is_an_op():
 def test_dispatch_takes_the_devices_own_then_the_reference():
     assert ops.implementation("paged_attention", "cpu") is kernels.cpu.paged_attention
     assert ops.implementation("rms_norm", "meta") is kernels.reference.rms_norm
+    with reference_only():
+        assert ops.implementation("paged_attention", "cpu") is kernels.reference.paged_attention
+    assert ops.implementation("paged_attention", "cpu") is kernels.cpu.paged_attention

@@ -13,6 +13,7 @@ from backend.layers.linear_method import LinearWeight
 from backend.layers.methods.quantized import QuantizedMethod
 from kernels import ops
 from kernels.cpu.linear_w8 import reorder
+from kernels.dispatch import is_reference_only
 from kernels.packing import W8Weight
 
 
@@ -36,7 +37,7 @@ class SmoothQuantMethod(QuantizedMethod):
         assert isinstance(weight, Tensor) and isinstance(scale, Tensor)
         del layer.weight, layer.scale
         stored = W8Weight(weight.data, scale.data.flatten())
-        if stored.qweight.device.type == "cpu":
+        if stored.qweight.device.type == "cpu" and not is_reference_only():
             stored = reorder(stored)
         layer.w8 = stored  # type: ignore[assignment]
         # Parameters too, so that a model's bytes can be counted.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from backend.layers.linear_method import LinearMethod, LinearWeight
 from kernels import ops
+from kernels.dispatch import is_reference_only
 
 
 class UnquantizedMethod(LinearMethod):
@@ -27,7 +28,7 @@ class UnquantizedMethod(LinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        if weight.device.type != "cpu":
+        if weight.device.type != "cpu" or is_reference_only():
             return
         if weight.dtype == torch.float32:
             weight = weight.t().contiguous().t()
@@ -40,7 +41,7 @@ class UnquantizedMethod(LinearMethod):
         assert isinstance(weight, Tensor)
         if weight.is_mkldnn:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        if x.is_cuda:
+        if x.is_cuda or is_reference_only():
             return ops.linear(x, weight, bias, bool(layer.batch_invariant))
         return F.linear(x, weight, bias)
 
