@@ -159,6 +159,17 @@ class ChatService:
             async for delta in deltas:
                 yield delta
 
+    def request(
+        self, prompt_token_ids: list[int], sampling: SamplingParams, cache_salt: str = ""
+    ) -> Request:
+        """A request for the engine, bounded by what the context leaves.
+
+        Raises:
+            UserError, EngineNotReadyError: see `stream_ids`.
+        """
+        sampling = self._fit(prompt_token_ids, sampling, self.engine.require_ready())
+        return Request(uuid.uuid4().hex, prompt_token_ids, sampling, self._eos, cache_salt)
+
     async def stream_ids(
         self,
         prompt_token_ids: list[int],
@@ -175,15 +186,7 @@ class ChatService:
             EngineNotReadyError, EngineDeadError: see `AsyncEngine.generate`.
         """
         started = self._clock()
-        info = self.engine.require_ready()
-        sampling = self._fit(prompt_token_ids, sampling, info)
-        request = Request(
-            uuid.uuid4().hex,
-            prompt_token_ids,
-            sampling,
-            self._eos,
-            cache_salt,
-        )
+        request = self.request(prompt_token_ids, sampling, cache_salt)
         text = Detokenizer(self.tokenizer, stop, skip_special_tokens)
         stats = ReplyStats(len(prompt_token_ids), 0)
         first = started

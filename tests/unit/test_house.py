@@ -39,6 +39,7 @@ FLOORS = {
     "backend.hub": 29,
     "backend.hub_commands": 40,
     "backend.target": 39,
+    "backend.turbomind": 45,
     "backend.chat_commands": 45,
     "backend.command_line": 6,
     "backend.command_spelling": 5,
