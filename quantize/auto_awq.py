@@ -17,7 +17,14 @@ from backend.errors import UserError
 from backend.models.decoder import DecoderLayer
 from backend.models.model_config import ModelConfig
 from quantize.awq import SearchSettings, quantize_block
-from quantize.blocks import BlockModel, HiddenStore, in_batches, linears, observed_inputs
+from quantize.blocks import (
+    BlockModel,
+    HiddenStore,
+    in_batches,
+    linears,
+    observed_inputs,
+    propagate,
+)
 from quantize.calibrate import embed_samples
 from quantize.data import Samples
 from quantize.export import CheckpointWriter, awq_config, awq_tensors, fill_awq
@@ -106,7 +113,7 @@ def auto_awq(
         with times("propagate"):
             fill_awq(block, tensors)
             if index + 1 < model.num_blocks:
-                size = _propagate(model, block, hidden, size, progress)
+                size = propagate(model, block, hidden, size, progress.note)
         del block, finished, tensors  # before the next one is loaded
         if index >= done:
             progress.step(loss=sum(losses.values()) / len(losses))
@@ -198,14 +205,3 @@ def _quantize(
             field="device",
         ) from None
     return awq_tensors(block, quantized), quantized.losses
-
-
-def _propagate(
-    model: BlockModel, block: DecoderLayer, hidden: HiddenStore, size: int, progress: Progress
-) -> int:
-    """Run a block over all samples in place; samples that fitted in memory at a time."""
-
-    def work(batch: slice) -> None:
-        hidden[batch] = model.run(block, hidden[batch].to(model.device))
-
-    return in_batches(len(hidden), size, work, progress.note)

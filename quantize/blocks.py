@@ -270,6 +270,18 @@ class _ObservedMethod(LinearMethod):
         return self.method.apply_gated(layer, x)
 
 
+def propagate(
+    model: BlockModel, block: DecoderLayer, hidden: HiddenStore, size: int,
+    note: Callable[[str], None],
+) -> int:
+    """`hidden` becomes what the next block gets, `size` samples at a time; see `in_batches`."""
+
+    def work(batch: slice) -> None:
+        hidden[batch] = model.run(block, hidden[batch].to(model.device))
+
+    return in_batches(len(hidden), size, work, note)
+
+
 def in_batches(
     samples: int, size: int, work: Callable[[slice], None], note: Callable[[str], None]
 ) -> int:

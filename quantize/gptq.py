@@ -1,7 +1,7 @@
 """GPTQ's rounding (Frantar et al. 2022): what a column lost by rounding, later columns make up for.
 
 Scales and zero points are given (the search of `quantize.awq` found them); only which neighbour an
-element is rounded to changes.
+element is rounded to changes. So columns can be taken in any order, whatever groups they are in.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ def round_compensated(
             without compensation 0.0412.)
     """
     columns = weight.shape[1]
-    factor = _inverse_factor(gram, tokens)
+    # The largest inputs first: what they lose has most columns left to be made up for by. (The
+    # bundled model, 32 windows of 512 tokens: loss 0.0096 nats, in the order of the matrix 0.0117.)
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    factor = _inverse_factor(gram, order, tokens)
     # Columns as rows from here on, so that one lies in one piece of memory.
-    left = weight.t().contiguous()
+    left = weight.t()[order]
     q = torch.empty_like(left, dtype=torch.uint8)
-    scales, zeros = (
-        x.float().t().contiguous().split(COLUMNS // form.group_size)
-        for x in (nearest.scales, nearest.zeros)
-    )
-    for index, start in enumerate(range(0, columns, COLUMNS)):
+    group = order // form.group_size
+    scales, zeros = (x.float().t().contiguous() for x in (nearest.scales, nearest.zeros))
+    for start in range(0, columns, COLUMNS):
         stop = min(start + COLUMNS, columns)
-        q[start:stop], errors = ops.round_columns(
-            left[start:stop], factor[start:stop, start:stop], scales[index], zeros[index],
-            form.levels,
+        own = group[start:stop]
+        q[order[start:stop]], errors = ops.round_columns(
+            left[start:stop], factor[start:stop, start:stop], scales[own], zeros[own], form.levels
         )
         left[stop:] -= factor[start:stop, stop:].t() @ errors
     del left, factor  # before what follows takes as much
@@ -57,11 +58,15 @@ def round_compensated(
     return GroupQuantized(q, nearest.scales, nearest.zeros)
 
 
-def _inverse_factor(gram: Tensor, tokens: int) -> Tensor:
-    """Upper triangular, factorᵀ factor = the inverse of the damped moment; float32 [K, K]."""
+def _inverse_factor(gram: Tensor, order: Tensor, tokens: int) -> Tensor:
+    """Upper triangular, factorᵀ factor = the inverse of the damped moment; float32 [K, K].
+
+    Its rows and columns are gram's in that order.
+    """
     columns = gram.shape[0]
-    damped = gram * (tokens / (columns + tokens))
-    own = gram.diagonal()
+    damped = gram[order[:, None], order]
+    own = damped.diagonal().clone()
+    damped *= tokens / (columns + tokens)
     damped.diagonal().copy_(own + DAMPING * own.mean() + 1e-12)
     # From the last column to the first, a Cholesky factor of the matrix itself, so that it is
     # inverted only once. One name, so that no step keeps what the one before it made.

@@ -97,7 +97,7 @@ def calibrate(args: argparse.Namespace, progress: Progress) -> int:
     dtype = pick_dtype(args.dtype, device, args.model)
     settings = calibration_settings(args)
     preflight.check_space(folder, stats_bytes(source.config, dtype.itemsize))
-    _check_memory(device, source, settings)
+    _check_memory(device, source, settings, dtype)
     preflight.check_finite(source, progress)
     # Beside the result: the system's folder for temporary files may be memory itself.
     beside = os.path.dirname(os.path.abspath(folder))
@@ -336,11 +336,11 @@ def _prepare(
             f"{info.note} By the stats of that calibration ({info.samples} windows of "
             f"{info.seqlen} tokens); no text is run again."
         )
-        preflight.check_memory(device, preflight.memory_needed(source.config, 0))
+        preflight.check_memory(device, preflight.memory_needed(source.config, 0, dtype))
         preflight.check_finite(source, progress)
         return device, dtype, stats
     settings = calibration_settings(args)
-    _check_memory(device, source, settings)
+    _check_memory(device, source, settings, dtype)
     with progress.times("calibration text"):
         samples = load_samples(
             settings.dataset,
@@ -356,7 +356,9 @@ def _prepare(
     return device, dtype, samples
 
 
-def _check_memory(device: torch.device, source: Source, settings: CalibrationSettings) -> None:
+def _check_memory(
+    device: torch.device, source: Source, settings: CalibrationSettings, dtype: torch.dtype
+) -> None:
     """One block has to fit, with one window of tokens: batches shrink by themselves."""
     tokens = max(settings.batch_size, 1) * settings.seqlen
-    preflight.check_memory(device, preflight.memory_needed(source.config, tokens))
+    preflight.check_memory(device, preflight.memory_needed(source.config, tokens, dtype))

@@ -21,7 +21,7 @@ from backend.models.loader import load_model
 from backend.models.model_config import ModelConfig
 from backend.tokenizer import Tokenizer
 from kernels.ops import AttentionMetadata, KVCache
-from quantize.blocks import BlockModel, HiddenStore, in_batches
+from quantize.blocks import BlockModel, propagate
 from quantize.calibrate import embed_samples
 from quantize.progress import Progress
 
@@ -130,7 +130,7 @@ def run_by_blocks(
     hidden, size = embed_samples(model, ids, progress.note)
     progress.stage(f"evaluate {os.path.basename(os.path.abspath(folder))}", model.num_blocks)
     for index in range(model.num_blocks):
-        size = _run_block(model, index, hidden, size, progress)
+        size = propagate(model, model.load_block(index), hidden, size, progress.note)
         progress.step()
     rows = [
         hidden[slice(index, index + 1)][0, : len(window.ids) - 1].cpu()
@@ -138,18 +138,6 @@ def run_by_blocks(
     ]
     used = weight_bytes(folder, dtype, device)
     return ModelRun(model.logits, rows, used, (NO_REPLY,) * len(PROMPTS), time.monotonic() - start)
-
-
-def _run_block(
-    model: BlockModel, index: int, hidden: HiddenStore, size: int, progress: Progress
-) -> int:
-    """One block over all windows in place; how many of them fitted at a time."""
-    block = model.load_block(index)
-
-    def work(batch: slice) -> None:
-        hidden[batch] = model.run(block, hidden[batch].to(model.device))
-
-    return in_batches(len(hidden), size, work, progress.note)
 
 
 def weight_bytes(folder: str, dtype: torch.dtype, device: torch.device) -> int:

@@ -192,19 +192,25 @@ def check_space(target: str, needed: int) -> None:
         )
 
 
-def memory_needed(config: ModelConfig, tokens: int) -> int:
+def memory_needed(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that one block takes at the worst moment, `tokens` of activations at a time.
 
-    The block in float32, once more while it is being quantized, the second moments of its widest
-    input, and some activations beside. What waits between the blocks is bounded elsewhere.
+    The block as it runs in `dtype`; then either the second moments of all its inputs, each with the
+    product that is being added, and the activations, or the moments, the block in float32 and what
+    GPTQ makes of its widest matrix. What waits between the blocks is bounded elsewhere.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = config.num_heads * config.head_dim
     kv = config.num_kv_heads * config.head_dim
-    block = hidden * (2 * attention + 2 * kv) + 3 * hidden * inner
-    widest = max(hidden, inner, attention)
-    activations = tokens * (4 * hidden + attention + 2 * kv + 3 * inner)
-    return 4 * (2 * block + 2 * widest * widest + activations)
+    matrices = (  # outputs, inputs
+        (attention + 2 * kv, hidden), (hidden, attention), (2 * inner, hidden), (hidden, inner),
+    )  # fmt: skip
+    block = sum(outputs * inputs for outputs, inputs in matrices)
+    moments = 4 * sum(inputs**2 for _, inputs in matrices)
+    activations = 4 * tokens * (4 * hidden + attention + 2 * kv + 3 * inner)
+    rounding = max(16 * inputs**2 + 14 * outputs * inputs for outputs, inputs in matrices)
+    observing = 2 * moments + activations
+    return dtype.itemsize * block + max(observing, moments + 4 * block + rounding)
 
 
 def check_memory(device: torch.device, needed: int) -> None:

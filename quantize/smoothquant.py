@@ -23,7 +23,14 @@ from backend.layers.norm import RMSNorm
 from backend.models.decoder import DecoderLayer, scale_groups
 from kernels.packing import W8Weight
 from quantize.awq import realisable
-from quantize.blocks import BlockModel, HiddenStore, in_batches, linears, observed_inputs
+from quantize.blocks import (
+    BlockModel,
+    HiddenStore,
+    in_batches,
+    linears,
+    observed_inputs,
+    propagate,
+)
 from quantize.calibrate import embed_samples
 from quantize.data import Samples
 from quantize.export import CheckpointWriter, stored_parts
@@ -303,33 +310,39 @@ def smooth_quant(
         "dtype": str(dtype).removeprefix("torch."),
     }
     writer = CheckpointWriter(source, target, QUANTIZATION_CONFIG, job, overwrite)
-    hidden, size = embed_samples(
-        model, samples.ids, progress.note, batch_size, spill_folder or writer.target.parent
-    )
+    times = progress.times
+    with times("embed"):
+        hidden, size = embed_samples(
+            model, samples.ids, progress.note, batch_size, spill_folder or writer.target.parent
+        )
     stored_dtype: torch.dtype = getattr(torch, model.config.dtype)
-    done = 0
-    while done < model.num_blocks and writer.finished(done) is not None:
-        done += 1
+    done = writer.blocks_done()
     if done:
         progress.note(f"Going on after block {done}: an earlier run finished the ones before.")
     progress.stage("quantize", model.num_blocks, done)
     for index in range(model.num_blocks):
-        block = model.load_block(index)
-        finished = writer.finished(index) if index < done else None
+        with times("load"):
+            block = model.load_block(index)
+            finished = writer.finished(index)
         if finished is None:
-            inputs, size = _sample_inputs(model, block, hidden, size, progress)
-            smoothed = quantize_block(block, inputs, stored_dtype)
-            finished = int8_tensors(block, smoothed), smoothed.losses
+            with times("observe"):
+                inputs, size = _sample_inputs(model, block, hidden, size, progress)
+            with times("search scale"):
+                smoothed = quantize_block(block, inputs, stored_dtype)
+                finished = int8_tensors(block, smoothed), smoothed.losses
             del inputs, smoothed
-            writer.write_block(index, *finished)
+            with times("write"):
+                writer.write_block(index, *finished)
         tensors, losses = finished
-        fill_int8(block, tensors)
-        if index + 1 < model.num_blocks:
-            size = _propagate(model, block, hidden, size, progress)
-        del block  # before the next one is loaded
+        with times("propagate"):
+            fill_int8(block, tensors)
+            if index + 1 < model.num_blocks:
+                size = propagate(model, block, hidden, size, progress.note)
+        del block, finished, tensors  # before the next one is loaded
         if index >= done:
             progress.step(loss=sum(losses.values()) / len(losses))
-    writer.finish()
+    with times("write"):
+        writer.finish()
     return writer
 
 
@@ -361,14 +374,3 @@ def _sample_inputs(
                 field="dtype",
             )
     return samples, size
-
-
-def _propagate(
-    model: BlockModel, block: DecoderLayer, hidden: HiddenStore, size: int, progress: Progress
-) -> int:
-    """`hidden` becomes what the next block gets; returns the batch size that fitted in memory."""
-
-    def work(batch: slice) -> None:
-        hidden[batch] = model.run(block, hidden[batch].to(model.device))
-
-    return in_batches(len(hidden), size, work, progress.note)
