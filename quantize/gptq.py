@@ -32,7 +32,8 @@ def round_compensated(
     """
     columns = weight.shape[1]
     # The largest inputs first: what they lose has most columns left to be made up for by. (The
-    # bundled model, 32 windows of 512 tokens: loss 0.0096 nats, in the order of the matrix 0.0117.)
+    # bundled model: KL to the original 0.0342, in the order of the matrix 0.0354; in groups of 64
+    # 0.0287 and 0.0288, symmetric 0.0394 and 0.0402.)
     order = gram.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(gram, order, tokens)
     # Columns as rows from here on, so that one lies in one piece of memory.
