@@ -31,7 +31,7 @@ from backend.command_line import Parser, add_command
 from backend.config import ChatConfig, EngineConfig, ServerConfig, parse_bool
 from backend.errors import UserError
 from backend.hub_commands import add_command as add_download_command, fetch_named_models
-from backend.target import add_service_flags, is_address, open_services
+from backend.target import BUNDLED_MODEL, add_service_flags, is_address, open_services
 from backend.workspace_commands import add_commands as add_workspace_commands
 from quantize.commands import add_commands as add_lite_commands
 
@@ -73,7 +73,9 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     examples = ("", "./internlm2-chat-1_8b", "./workspace --server-port 7000")
     text = "page and API on one port; without a command it is this one"
-    add_service_flags(add_command(commands, "run", text, run_page, *SERVER, examples=examples))
+    sub = add_command(commands, "run", text, run_page, *SERVER, examples=examples)
+    add_service_flags(sub)
+    _add_page_flags(sub)
     _add_serve(commands)
     chat_commands.add_commands(commands)
     names = "profile_generation|profile_throughput|profile_restful_api"
@@ -87,6 +89,11 @@ def make_parser() -> Parser:
     add_workspace_commands(commands)
     add_download_command(commands)
     return parser
+
+
+def _add_page_flags(parser) -> None:
+    text = "start without a model; the page loads one"
+    parser.add_argument("--no-model", action="store_true", help=text)
 
 
 def _add_serve(commands) -> None:
@@ -103,6 +110,7 @@ def _add_serve(commands) -> None:
                 "serve gradio http://127.0.0.1:23333 --server-port 6006")
     sub = add_command(kinds, "gradio", text, run_gradio, *SERVER, examples=examples)
     add_service_flags(sub)
+    _add_page_flags(sub)
     text = "true insists that the target is a server's URL, false that it is a model"
     sub.add_argument("--restful-api", type=parse_bool, metavar="true|false", help=text)
     chat_commands.add_api_client(kinds)
@@ -125,6 +133,10 @@ async def run_page(args: argparse.Namespace) -> int:
     services = open_services(args, next(iter(server.api_keys), ""))
     if services.remote:
         server = replace(server, api_keys=())  # those were for the remote server
+    else:
+        from backend.services import add_desk
+
+        add_desk(services, BUNDLED_MODEL, server.model_dirs)
     return await serve(services, server, hasattr(args, "server_port"), with_page=True)
 
 
@@ -146,15 +158,10 @@ async def serve(services: Services, server: ServerConfig, fixed_port: bool, with
     sock, server = bind(server, fixed_port)
     server = resolve_keys(server)
     async with services:  # the engine loads its model while the page is being built
-        if services.local is None:
+        if services.engines is None:
             app = base_app(services.chat, server, lambda: "")
         else:
-            app = create_app(
-                services.local,
-                server,
-                sampling_defaults=services.sampling_defaults,
-                docs_at_root=not with_page,
-            )
+            app = create_app(services.engines, server, docs_at_root=not with_page)
         if with_page:
             from ui.build import mount_page
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -63,7 +63,7 @@ class Delta:
 class ServiceStatus:
     """What the status bar and /api/status show."""
 
-    state: Literal["loading", "ready", "restarting", "failed", "unreachable"]
+    state: Literal["unloaded", "loading", "ready", "restarting", "failed", "unreachable"]
     model: str
     detail: str = ""  # a sentence for a person, when the state is not "ready"
     info: ModelInfo | None = None
@@ -95,7 +95,12 @@ class ChatBackend(Protocol):
 
 
 class ChatService:
-    """Text in, text out, over an engine of our own."""
+    """Text in, text out, over an engine of our own.
+
+    Args:
+        model_name: in the API.
+        sampling_defaults: what the checkpoint recommends; fields of `SamplingParams`.
+    """
 
     def __init__(
         self,
@@ -104,8 +109,10 @@ class ChatService:
         template: ChatTemplate,
         model_name: str,
         *,
+        sampling_defaults: Mapping[str, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.sampling_defaults = dict(sampling_defaults or {})
         self.engine = engine
         self.tokenizer = tokenizer
         self.template = template

@@ -190,6 +190,9 @@ class ServerConfig:
     server_port: int = option(6006, "port to listen on", low=0, high=65535)
     api_keys: tuple[str, ...] = option((), "keys that clients must send; several, by spaces")
     root_path: str = option("", "path prefix when behind a proxy that adds one")
+    model_dirs: tuple[str, ...] = option(
+        (), "folders whose models the page may load and quantize, by spaces; beside downloaded ones"
+    )
 
 
 @dataclass(frozen=True)

@@ -24,3 +24,8 @@ def data_dir() -> Path:
         raise UserError(
             "Nothing can be kept, because this user has no home directory.", "Set LMDESK_HOME."
         ) from None
+
+
+def results_dir() -> Path:
+    """Where models that the page makes are put. Raises as `data_dir`."""
+    return data_dir() / "results"

@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 from backend.chat import ChatBackend, ChatService
-from backend.chat_template import ChatTemplate
-from backend.config import ChatConfig, EngineConfig
-from backend.engine.async_engine import AsyncEngine
+from backend.data_dir import data_dir, results_dir
 from backend.engine.launcher import Handle, ProcessHandle
+from backend.engine_manager import EngineManager, LoadRequest, open_chat
 from backend.errors import UserError
+from backend.jobs import JobStore
+from backend.model_library import ModelLibrary
 from backend.remote import RemoteChat
 from backend.remote_http import is_loopback_url, normalise_url
-from backend.tokenizer import Tokenizer, sampling_defaults
 
 
 @dataclass(slots=True)
 class Services:
-    """Over an engine of our own (`local` is there), or over somebody's api_server (restful mode).
+    """Over an engine of our own (`engines` is there), or over somebody's api_server (restful mode).
 
     Attributes:
-        chat: answers messages.
-        local: the same, when the engine is ours.
-        default_url: of the api_server that the command line names.
-        sampling_defaults: what the checkpoint recommends; fields of `SamplingParams`.
+        chat: answers messages; the same as `engines`, when the engine is ours.
+        engines: loads and unloads the served model.
+        default_url: in restful mode, of the api_server that the command line names.
+        jobs: long tasks; None where there is no page that could start them.
+        library: the models that a page may offer; None as with `jobs`.
     """
 
     chat: ChatBackend
-    local: ChatService | None = None
+    engines: EngineManager | None = None
     default_url: str = ""
-    sampling_defaults: dict[str, float] = field(default_factory=dict)
+    jobs: JobStore | None = None
+    library: ModelLibrary | None = None
 
     @property
     def remote(self) -> bool:
-        return self.local is None
+        """Restful mode."""
+        return bool(self.default_url)
+
+    @property
+    def local(self) -> ChatService | None:
+        """What an engine of our own serves at this moment; None if there is none, or no model."""
+        return self.engines.current if self.engines else None
+
+    @property
+    def sampling_defaults(self) -> dict[str, float]:
+        """What the checkpoint recommends; fields of `SamplingParams`."""
+        return self.local.sampling_defaults if self.local else {}
 
     async def __aenter__(self) -> Services:
         """Start the engine, if it is ours; `ready` waits for it."""
-        if self.local:
-            await self.local.engine.start()
+        if self.engines:
+            await self.engines.start()
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -47,9 +62,8 @@ class Services:
 
     async def stop(self) -> None:
         """End the engine, open replies with an error, and the template's process."""
-        if self.local:
-            await self.local.engine.stop()
-            self.local.template.close()
+        if self.engines:
+            await self.engines.stop()
 
     async def ready(self) -> str:
         """Wait until messages can be answered; returns what answers, in words.
@@ -57,8 +71,10 @@ class Services:
         Raises:
             UserError: the model cannot be loaded; says why.
         """
-        if self.local is None:
+        if self.remote:
             return f"the api_server at {self.default_url}"
+        if self.local is None:
+            return "no model yet"
         info = await self.local.engine.wait_ready()
         where = info.device if info.tp == 1 else f"{info.tp} x {info.device}"
         return f"{self.local.model_name} ({info.architecture}, {info.dtype}, {where})"
@@ -82,29 +98,36 @@ class Services:
 
 
 def local_services(
-    config: EngineConfig,
-    model_name: str,
-    launch: Callable[[], Handle] = ProcessHandle,
-    chat_config: ChatConfig | None = None,
+    request: LoadRequest, launch: Callable[[], Handle] = ProcessHandle, *, load: bool = True
 ) -> Services:
-    """Services over an engine of our own. The engine is started by the caller's event loop.
+    """Services over engines of our own. The first is started by the caller's event loop.
 
     Args:
-        model_name: in the API.
-        chat_config: how messages become prompts.
+        request: what to serve; its options hold for all models that are loaded later, too.
+        load: false leaves it to the page to load a model.
 
     Raises:
-        UserError: the model's folder has no tokenizer that can be used, or there is no such
-            template.
+        UserError: as `open_chat`.
     """
-    template = ChatTemplate.from_config(config.model, chat_config or ChatConfig())
-    chat = ChatService(
-        AsyncEngine(config, launch),
-        Tokenizer.from_folder(config.model),
-        template,
-        model_name,
-    )
-    return Services(chat, local=chat, sampling_defaults=sampling_defaults(config.model))
+    current = open_chat(request, launch) if load else None
+    engines = EngineManager(
+        current, launch, defaults=request.options, request=request if load else None)
+    return Services(engines, engines)
+
+
+def add_desk(services: Services, bundled: Path, model_dirs: Sequence[str] = ()) -> None:
+    """Give services over engines of our own what only a page needs: jobs, and models to choose.
+
+    Without a home directory nothing can be kept, so there are no jobs then.
+    """
+    roots = [Path(folder).expanduser().absolute() for folder in model_dirs]
+    request = services.engines.request if services.engines else None
+    if request is not None:
+        roots.insert(0, Path(request.model).absolute())
+    with suppress(UserError):
+        services.jobs = JobStore(data_dir() / "jobs")
+        roots += [results_dir(), data_dir() / "models"]
+    services.library = ModelLibrary(bundled, roots)
 
 
 def remote_services(url: str, api_key: str = "") -> Services:

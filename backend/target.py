@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backend import config
-from backend.chat_formats import template_choice
 from backend.command_line import LOG_LEVELS
 from backend.config import ChatConfig, EngineConfig
 from backend.errors import UserError
-from backend.workspace.settings import engine_options, model_name
 
 if TYPE_CHECKING:
     from backend.services import Services
@@ -53,22 +51,19 @@ def open_services(args: argparse.Namespace, api_key: str = "") -> Services:
         return remote_services(target, api_key)
     from backend.engine.inline import ThreadHandle
     from backend.engine.launcher import ProcessHandle
+    from backend.engine_manager import LoadRequest
 
-    options = engine_options(target, vars(args))
-    # The engine's process has another working directory.
-    engine = config.from_namespace(EngineConfig, args, **options)
-    engine = replace(engine, model=os.path.abspath(target))
     if args.model_format is not None or args.group_size:
         from backend.models.registry import read_model_config
         from backend.workspace.convert import check_format
 
-        quantization = read_model_config(engine.model).quantization
+        quantization = read_model_config(os.path.abspath(target)).quantization
         check_format(target, quantization, args.model_format, args.group_size)
-    chat = config.from_namespace(ChatConfig, args)
-    name = chat.model_name or model_name(target)
-    chat = replace(chat, chat_template=template_choice(chat.chat_template, name))
+    given = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if hasattr(args, f.name)}
+    given.pop("model", None)
+    request = LoadRequest(target, given, config.from_namespace(ChatConfig, args))
     launch = ThreadHandle if args.inline else ProcessHandle
-    return local_services(engine, name or os.path.basename(engine.model), launch, chat)
+    return local_services(request, launch, load=not getattr(args, "no_model", False))
 
 
 def is_address(target: str) -> bool:

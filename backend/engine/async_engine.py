@@ -86,14 +86,23 @@ class AsyncEngine:
             raise UserError(self.detail)
         return self.info
 
-    async def stop(self) -> None:
-        """End the engine; open requests end in an error, and new ones are refused."""
+    @property
+    def num_open(self) -> int:
+        """Requests that wait for more of their reply."""
+        return len(self._streams)
+
+    async def stop(self, reason: str = "The engine was stopped.") -> None:
+        """End the engine; open requests end in an error, and new ones are refused.
+
+        Args:
+            reason: the error's sentence.
+        """
         self._stopping = True
-        self.state, self.detail = "failed", "The engine was stopped."
+        self.state, self.detail = "failed", reason
         self._settled.set()
         if self._restart:
             self._restart.cancel()
-        self._fail_streams()
+        self._fail_streams(EngineDeadError(reason, "Send the request again when a model is ready."))
         if self._handle is not None:
             self._send(messages.Shutdown())
             handle = self._handle
@@ -211,15 +220,10 @@ class AsyncEngine:
                 del self._streams[output.request_id]
             stream.put_nowait(output)
 
-    def _fail_streams(self) -> None:
+    def _fail_streams(self, error: EngineDeadError) -> None:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.put_nowait(
-                EngineDeadError(
-                    "The engine stopped while it worked on this request.",
-                    "Send it again; the model is being loaded anew.",
-                )
-            )
+            stream.put_nowait(error)
 
     def _on_death(self, epoch: int) -> None:
         if epoch != self.epoch or self._stopping or self.state == "failed":
@@ -228,7 +232,12 @@ class AsyncEngine:
         self._handle.kill()
         self._outbox.put(None)
         self.stats = None
-        self._fail_streams()
+        self._fail_streams(
+            EngineDeadError(
+                "The engine stopped while it worked on this request.",
+                "Send it again; the model is being loaded anew.",
+            )
+        )
         now = self._clock()
         recent = sum(1 for death in self._deaths if now - death < DEATH_WINDOW_S)
         self._deaths.append(now)

@@ -7,7 +7,7 @@ serves people and programs, and one guard stands before both.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,13 @@ from backend.server.openai_routes import OpenAIRoutes
 from backend.server.sessions import Sessions
 
 if TYPE_CHECKING:
-    from backend.chat import ChatBackend, ChatService
+    from backend.chat import ChatBackend
+    from backend.engine_manager import EngineManager
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 # Told to everybody who asks /health, so without the details that /api/status has.
 TROUBLES = {
+    "unloaded": "No model is loaded.",
     "loading": "The model is being loaded.",
     "ready": "The engine makes no progress.",
     "restarting": "The engine died and is being started again.",
@@ -63,21 +65,18 @@ def base_app(
 
 
 def create_app(
-    chat: ChatService,
+    engines: EngineManager,
     config: ServerConfig,
     *,
-    sampling_defaults: Mapping[str, Any] | None = None,
     admission: Admission | None = None,
     sessions: Sessions | None = None,
     docs_at_root: bool = False,
 ) -> FastAPI:
-    """The application over an engine of our own.
+    """The application over engines of our own.
 
     Args:
-        chat: answers; its engine is started and stopped by the caller.
+        engines: has what answers; the caller starts and stops it.
         config: as in `base_app`.
-        sampling_defaults: the model's own defaults (generation_config.json), fields of
-            `SamplingParams`.
         admission: how much work may be open at a time; by default with the usual `Limits`.
         sessions: keeps the conversations of /v1/chat/interactive; by default as many and as long
             as is usual.
@@ -87,11 +86,12 @@ def create_app(
     Raises:
         UserError: the server would be open to others without a key.
     """
-    engine, defaults = chat.engine, dict(sampling_defaults or {})
-    metrics = Metrics(lambda: engine.stats, lambda: engine.info.num_blocks if engine.info else 0)
-    work = chat, admission or Admission(Limits()), metrics, defaults
+    metrics = Metrics(
+        lambda: chat.engine.stats if (chat := engines.current) else None,
+        lambda: chat.engine.info.num_blocks
+        if (chat := engines.current) and chat.engine.info else 0)
+    work = engines, admission or Admission(Limits()), metrics
     routes, lmdeploy = OpenAIRoutes(*work), LMDeployRoutes(*work, sessions or Sessions())
-    page = api_page(chat.model_name, config.server_port, defaults, bool(config.api_keys))
 
     async def metrics_text(request: Request) -> Response:
         """Figures for Prometheus."""
@@ -99,13 +99,19 @@ def create_app(
 
     async def docs(request: Request) -> Response:
         """The API page."""
+        chat = engines.current
+        name, defaults = (chat.model_name, chat.sampling_defaults) if chat else ("MODEL", {})
+        page = api_page(name, config.server_port, defaults, bool(config.api_keys))
         return HTMLResponse(page)
 
     def trouble() -> str:
+        if engines.current is None:
+            return TROUBLES["unloaded"]
+        engine = engines.current.engine
         return "" if engine.healthy() else TROUBLES[engine.state]
 
     app = _bare_app(config)
-    _add_status(app, chat, trouble)
+    _add_status(app, engines, trouble)
     app.add_api_route("/v1/models", routes.list_models, methods=["GET"])
     app.add_api_route("/v1/models/{model:path}", routes.get_model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"],

@@ -180,10 +180,12 @@ async def serve_forever(
     async def announce() -> None:
         try:
             what = await services.ready()
-            print(announcement(config, what, with_page, services.local is not None), flush=True)
-        except UserError:
-            server.should_exit = True
-            raise
+        except UserError as error:
+            if not with_page:
+                server.should_exit = True
+                raise
+            what = f"no model yet: {error}"  # the page can load another
+        print(announcement(config, what, with_page, not services.remote), flush=True)
 
     await asyncio.sleep(0)  # Ctrl-C while the page was being built ends here, not amid the start
     announcing = asyncio.create_task(announce())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from backend.server.timed import timed_reply
 
 if TYPE_CHECKING:
     from backend.chat import ChatService, Delta
+    from backend.engine_manager import EngineManager
 
 Json = dict[str, Any]
 
@@ -35,16 +36,14 @@ class LMDeployRoutes:
 
     def __init__(
         self,
-        chat: ChatService,
+        engines: EngineManager,
         admission: Admission,
         metrics: Metrics,
-        sampling_defaults: Mapping[str, Any],
         sessions: Sessions,
     ) -> None:
-        self.chat = chat
+        self.engines = engines
         self.admission = admission
         self.metrics = metrics
-        self.sampling_defaults = sampling_defaults
         self.sessions = sessions
 
     async def interactive(self, request: Request) -> Response:
@@ -65,34 +64,30 @@ class LMDeployRoutes:
     async def encode(self, request: Request) -> Response:
         """Token ids of a text, or of each of several."""
         body = parse(EncodeRequest, await read_json(request))
+        chat = self.engines.require()
         begun = body.add_bos is not False
         if isinstance(body.input, str):
-            ids = await self._encode(body.input, bool(body.do_preprocess), begun)
+            ids = await _encode(chat, body.input, bool(body.do_preprocess), begun)
             return JSONResponse({"input_ids": ids, "length": len(ids)})
-        lists = [await self._encode(text, bool(body.do_preprocess), begun) for text in body.input]
+        lists = [
+            await _encode(chat, text, bool(body.do_preprocess), begun) for text in body.input]
         return JSONResponse({"input_ids": lists, "length": [len(ids) for ids in lists]})
 
-    async def _encode(self, text: str, as_message: bool, begun: bool) -> list[int]:
-        tokenizer = self.chat.tokenizer
-        if not as_message:
-            return await asyncio.to_thread(tokenizer.encode, text, begun)
-        ids = await self.chat.encode_chat([{"role": "user", "content": text}])
-        return ids if begun or ids[:1] != [tokenizer.bos_token_id] else ids[1:]
-
     async def _answer(self, request: Request, body: InteractiveRequest) -> Response:
-        sampling = body.sampling(self.sampling_defaults)
-        self.chat.engine.require_ready()
+        chat = self.engines.require()
+        sampling = body.sampling(chat.sampling_defaults)
+        chat.engine.require_ready()
         key, new = caller(request), [message.as_dict() for message in body.prompt]
         async with AsyncExitStack() as stack:
             ticket = stack.enter_context(self.admission.admit(key, 1))
             turn = stack.enter_context(
                 self.sessions.turn(key, body.session, new, keep=bool(body.interactive_mode)))
             try:
-                prompt = await self.chat.encode_chat(turn.messages)
+                prompt = await chat.encode_chat(turn.messages)
                 ticket.set_prompts([len(prompt)])
                 deltas = timed_reply(
-                    self.chat, self.metrics, ticket, prompt, sampling,
-                    stop=(*body.stop, *self.chat.stop), salt=key,
+                    chat, self.metrics, ticket, prompt, sampling,
+                    stop=(*body.stop, *chat.stop), salt=key,
                     skip_special_tokens=body.skip_special_tokens is not False)
                 pieces = await stack.enter_async_context(aclosing(_pieces(deltas, turn)))
                 if not body.stream:
@@ -102,6 +97,13 @@ class LMDeployRoutes:
             except UserError as error:
                 raise _of_session(error, body.session) from error
             return sse.EventStream(first, lines, stack.pop_all(), media_type=JSON_LINES)
+
+
+async def _encode(chat: ChatService, text: str, as_message: bool, begun: bool) -> list[int]:
+    if not as_message:
+        return await asyncio.to_thread(chat.tokenizer.encode, text, begun)
+    ids = await chat.encode_chat([{"role": "user", "content": text}])
+    return ids if begun or ids[:1] != [chat.tokenizer.bos_token_id] else ids[1:]
 
 
 def _piece(text: str, tokens: int, reason: str | None) -> Json:

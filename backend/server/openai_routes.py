@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from backend.server.timed import timed_reply
 
 if TYPE_CHECKING:
     from backend.chat import ChatService, Delta, ReplyStats, TokenText
+    from backend.engine_manager import EngineManager
 
 Deltas = AsyncGenerator[tuple[int, "Delta"], None]
 
@@ -34,96 +35,73 @@ class OpenAIRoutes:
     """Handlers of /v1.
 
     Args:
-        chat: answers.
+        engines: has what answers; a request keeps to what was served when it came.
         admission: bounds the open work.
         metrics: takes the times of replies.
-        sampling_defaults: fields of `SamplingParams` that stand in for those not sent.
     """
 
-    def __init__(
-        self,
-        chat: ChatService,
-        admission: Admission,
-        metrics: Metrics,
-        sampling_defaults: Mapping[str, Any],
-    ) -> None:
-        self.chat = chat
+    def __init__(self, engines: EngineManager, admission: Admission, metrics: Metrics) -> None:
+        self.engines = engines
         self.admission = admission
         self.metrics = metrics
-        self.sampling_defaults = sampling_defaults
         self._created = int(time.time())
 
     async def list_models(self, request: Request) -> Response:
-        """The served model, as a list of one."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        """The served model, as a list of one; of none while no model is loaded."""
+        data = [self._model(chat)] if (chat := self.engines.current) else []
+        return JSONResponse({"object": "list", "data": data})
 
     async def get_model(self, request: Request, model: str) -> Response:
         """The served model, by its name."""
-        self._check_model(model)
-        return JSONResponse(self._model())
+        chat = self.engines.require()
+        _check_model(chat, model)
+        return JSONResponse(self._model(chat))
 
     async def chat_completions(self, request: Request) -> Response:
         """The assistant's next turn."""
         body = parse(ChatRequest, await read_json(request))
-        sampling = self._prepare(body)
+        chat = self.engines.require()
+        sampling = _prepare(chat, body)
         messages = [message.as_dict() for message in body.messages]
-        reply = ChatReply(self.chat.model_name, body.num_replies, body.include_usage)
+        reply = ChatReply(chat.model_name, body.num_replies, body.include_usage)
         async with AsyncExitStack() as stack:
             ticket = stack.enter_context(self.admission.admit(caller(request), body.num_replies))
-            prompts = [await self.chat.encode_chat(messages)]
-            stop = (*body.stop, *self.chat.stop)
+            prompts = [await chat.encode_chat(messages)]
+            stop = (*body.stop, *chat.stop)
             return await self._answer(
-                request, body, reply, prompts, sampling, stop, ticket, stack)
+                request, chat, body, reply, prompts, sampling, stop, ticket, stack)
 
     async def completions(self, request: Request) -> Response:
         """The continuation of a text."""
         body = parse(CompletionRequest, await read_json(request))
-        sampling = self._prepare(body)
+        chat = self.engines.require()
+        sampling = _prepare(chat, body)
         replies = body.num_replies * len(body.prompt)
         async with AsyncExitStack() as stack:
             ticket = stack.enter_context(self.admission.admit(caller(request), replies))
-            prompts = [await self.chat.encode_prompt(prompt) for prompt in body.prompt]
-            echoes = [self._text(prompt) for prompt in body.prompt] if body.echo else None
+            prompts = [await chat.encode_prompt(prompt) for prompt in body.prompt]
+            echoes = [_text(chat, prompt) for prompt in body.prompt] if body.echo else None
             reply = CompletionReply(
-                self.chat.model_name, body.num_replies, body.include_usage, echoes)
+                chat.model_name, body.num_replies, body.include_usage, echoes)
             try:
                 return await self._answer(
-                    request, body, reply, prompts, sampling, body.stop, ticket, stack)
+                    request, chat, body, reply, prompts, sampling, body.stop, ticket, stack)
             except UserError as error:
                 if error.field == "messages":  # as the chat service calls what it was given
                     error.field = "prompt"
                 raise
 
-    def _model(self) -> dict[str, Any]:
-        info = self.chat.engine.info
+    def _model(self, chat: ChatService) -> dict[str, Any]:
+        info = chat.engine.info
         return {
-            "id": self.chat.model_name, "object": "model", "created": self._created,
+            "id": chat.model_name, "object": "model", "created": self._created,
             "owned_by": "lmdesk", "max_model_len": info.session_len if info else None,
         }
-
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self.chat.model_name:
-            raise ModelNotFoundError(
-                f"The model {show(name)} is not served here.",
-                f"This server has {show(self.chat.model_name)}.", field="model")
-
-    def _prepare(self, body: Generation) -> SamplingParams:
-        """Refuse what can be refused before any work; the sampling of the rest."""
-        self._check_model(body.model)
-        body.check()
-        sampling = body.sampling(self.sampling_defaults)
-        self.chat.engine.require_ready()
-        return sampling
-
-    def _text(self, prompt: str | list[int]) -> str:
-        """A prompt as text, for `echo`."""
-        if isinstance(prompt, str):
-            return prompt
-        return self.chat.tokenizer.decode(prompt)
 
     async def _answer(
         self,
         request: Request,
+        chat: ChatService,
         body: Generation,
         reply: Reply,
         prompts: list[list[int]],
@@ -137,7 +115,7 @@ class OpenAIRoutes:
         ticket.set_prompts([len(prompt) for prompt in prompts for _ in range(n)])
         deltas = await stack.enter_async_context(aclosing(sse.interleave([
             timed_reply(
-                self.chat, self.metrics, ticket, prompt, _nth_seed(sampling, i), stop=stop,
+                chat, self.metrics, ticket, prompt, _nth_seed(sampling, i), stop=stop,
                 salt=caller(request), skip_special_tokens=body.skips_special)
             for prompt in prompts for i in range(n)])))
         count = n * len(prompts)
@@ -148,6 +126,27 @@ class OpenAIRoutes:
         # Headers wait for the first event: bad input and a dead engine get their true status.
         first = await sse.until_gone(request.receive, anext(events))
         return sse.EventStream(first, events, stack.pop_all())
+
+
+def _check_model(chat: ChatService, name: str | None) -> None:
+    if name is not None and name != chat.model_name:
+        raise ModelNotFoundError(
+            f"The model {show(name)} is not served here.",
+            f"This server has {show(chat.model_name)}.", field="model")
+
+
+def _prepare(chat: ChatService, body: Generation) -> SamplingParams:
+    """Refuse what can be refused before any work; the sampling of the rest."""
+    _check_model(chat, body.model)
+    body.check()
+    sampling = body.sampling(chat.sampling_defaults)
+    chat.engine.require_ready()
+    return sampling
+
+
+def _text(chat: ChatService, prompt: str | list[int]) -> str:
+    """A prompt as text, for `echo`."""
+    return prompt if isinstance(prompt, str) else chat.tokenizer.decode(prompt)
 
 
 def _nth_seed(sampling: SamplingParams, i: int) -> SamplingParams:

@@ -24,7 +24,7 @@ def model() -> FakeChat:
 
 @pytest.fixture(scope="module")
 def url(model: FakeChat) -> Iterator[str]:
-    with serve(Services(model, local=model)) as url:
+    with serve(Services(model)) as url:
         yield url
 
 

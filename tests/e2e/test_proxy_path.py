@@ -17,7 +17,7 @@ PREFIX = "/user/me/proxy/6006"
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     model = FakeChat()
-    with serve(Services(model, local=model), PREFIX) as url:
+    with serve(Services(model), PREFIX) as url:
         yield url
 
 

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from backend.chat_template import ChatTemplate
-from backend.config import EngineConfig, SamplingParams
+from backend.config import ChatConfig, EngineConfig, SamplingParams
 from backend.engine.inline import ThreadHandle
 from backend.engine.types import Request
 from backend.engine.worker import build_engine
+from backend.engine_manager import LoadRequest
 from backend.errors import UserError
 from backend.import_bin import import_model
 from backend.layers.methods.smoothquant import SmoothQuantMethod
@@ -197,7 +198,7 @@ def test_the_bundled_model_replies_the_same(tmp_path):
 
 
 def test_services_over_a_workspace(workspace):
-    services = local_services(EngineConfig(model=str(workspace)), "tiny", ThreadHandle)
+    services = local_services(LoadRequest(str(workspace), chat=ChatConfig("tiny")), ThreadHandle)
     assert services.local is not None and services.sampling_defaults == {"temperature": 0.0}
     services.local.template.close()
 

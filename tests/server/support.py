@@ -26,6 +26,7 @@ from backend.engine.engine import Engine
 from backend.engine.inline import ThreadHandle
 from backend.engine.launcher import Handle
 from backend.engine.types import Sequence
+from backend.engine_manager import EngineManager
 from backend.server.api import create_app
 from backend.server.limits import Admission, Limits
 from backend.server.sessions import Sessions
@@ -123,10 +124,11 @@ class Served:
             engine_config or EngineConfig("fake"),
             launch or partial(ThreadHandle, self.script.build))
         self.chat = ChatService(
-            self.engine, byte_tokenizer(), LastMessage(), NAME)
+            self.engine, byte_tokenizer(), LastMessage(), NAME,
+            sampling_defaults={"temperature": 0.5})
+        self.engines = EngineManager(self.chat)
         self.app = create_app(
-            self.chat, config, admission=self.admission, sessions=sessions,
-            sampling_defaults={"temperature": 0.5}, docs_at_root=True)
+            self.engines, config, admission=self.admission, sessions=sessions, docs_at_root=True)
         self.loop = asyncio.new_event_loop()
         self.server = uvicorn.Server(uvicorn.Config(
             self.app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
