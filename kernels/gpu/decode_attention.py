@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.attention_softmax import LIFT, add_values, combine, merge, softmax_step
+from kernels.gpu.decode_rows import LOG2_E, decode_rows, rows_config
 from kernels.gpu.kv_tiles import (
     dot_dtype,
     dot_keys,
@@ -31,7 +32,6 @@ from kernels.gpu.kv_tiles import (
     unpack_params,
 )
 from kernels.gpu.launch import (
-    cdiv,
     launch,
     launch_options,
     next_power_of_2,
@@ -40,73 +40,41 @@ from kernels.gpu.launch import (
     supports_pdl,
     wait_for_predecessor,
 )
+from kernels.gpu.splits import choose_splits, store_result, tiles_of_split, workspace
 from kernels.ops import AttentionMetadata, KVCache
 
 TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _tiles_of_split(
-    seq_len, split, splits, least, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """(first old position seen, from tile, to tile, splits that have tiles, at least 1).
-
-    A split has `least` tiles, if there are so many.
-    """
-    start = 0
-    if WINDOW > 0:
-        start = tl.maximum(seq_len - WINDOW, 0)
-    first = start // BLOCK_N
-    tiles = tl.maximum(tl.cdiv(seq_len - 1, BLOCK_N) - first, 0)
-    per_split = tl.maximum(tl.cdiv(tiles, splits), least)
-    active = tl.maximum(tl.cdiv(tiles, per_split), 1)
-    tile_from = first + split * per_split
-    return start, tile_from, tl.minimum(tile_from + per_split, first + tiles), active
 
 
 @triton.jit
 def _prefetch_tile(
-    k_head, v_head, table, seq_lens, sequence, split, splits, least, pool_stride_slot,
-    table_stride, num_blocks, D: tl.constexpr, BITS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    k_head, v_head, blocks, tile_from, pool_stride_slot, D: tl.constexpr, BITS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Ask for the split's first tile, into L2, while earlier kernels still run.
-
-    They may be about to change the length and the table: then this fetches in vain, and nothing
-    else, since what counts is read again later. The loads go past L1, which would keep the old.
-    """
+    """Ask for the split's first tile, into L2, while earlier kernels still run."""
     if BLOCK_SIZE % BLOCK_N == 0:
-        seq_len = tl.load(seq_lens + sequence, cache_modifier=".cg")
-        _, tile_from, tile_to, _ = _tiles_of_split(
-            seq_len, split, splits, least, WINDOW, BLOCK_N
-        )
-        if tile_from < tile_to:
-            index = tl.minimum(tile_from * BLOCK_N // BLOCK_SIZE, table_stride - 1)
-            block = tl.load(table + index, cache_modifier=".cg")
-            block = tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64)
-            slot = block * BLOCK_SIZE + tile_from * BLOCK_N % BLOCK_SIZE
-            size: tl.constexpr = k_head.dtype.element_ty.primitive_bitwidth // 8
-            line: tl.constexpr = 128 // size
-            lines: tl.constexpr = triton.next_power_of_2(triton.cdiv(D * BITS // 8, 128))
-            at = slot * pool_stride_slot + (tl.arange(0, BLOCK_N) * pool_stride_slot)[:, None]
-            at = at + (tl.arange(0, lines) * line)[None, :]
-            for head in tl.static_range(2):
-                addresses = ((k_head if head == 0 else v_head) + at).to(tl.int64)
-                tl.inline_asm_elementwise(
-                    "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses],
-                    dtype=tl.int32, is_pure=False, pack=1,
-                )  # fmt: skip
+        slot = blocks.to(tl.int64) * BLOCK_SIZE + tile_from * BLOCK_N % BLOCK_SIZE
+        size: tl.constexpr = k_head.dtype.element_ty.primitive_bitwidth // 8
+        line: tl.constexpr = 128 // size
+        lines: tl.constexpr = triton.next_power_of_2(triton.cdiv(D * BITS // 8, 128))
+        at = slot * pool_stride_slot + (tl.arange(0, BLOCK_N) * pool_stride_slot)[:, None]
+        at = at + (tl.arange(0, lines) * line)[None, :]
+        for head in tl.static_range(2):
+            addresses = ((k_head if head == 0 else v_head) + at).to(tl.int64)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
 
 
 # Of these numbers no variant is worth compiling.
-@triton.jit(do_not_specialize=["splits", "least", "table_stride", "num_blocks"])
+@triton.jit(do_not_specialize=["splits", "least", "table_stride"])
 def _decode_kernel(
     out_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_pool, v_pool, k_params, v_params,
     slot_mapping, block_table, seq_lens, partial_ptr, stats_ptr, counter_ptr, softmax_scale,
     q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
     rotary_stride, pool_stride_head, pool_stride_slot, params_stride_head, params_stride_slot,
-    table_stride, num_blocks, splits, least,
+    table_stride, splits, least,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROTARY_DIM: tl.constexpr,
     BITS: tl.constexpr, STATIC: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     SPLIT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -123,15 +91,10 @@ def _decode_kernel(
     v_head = v_pool + head * pool_stride_head
     table = block_table + token * table_stride
     release_successor(PDL)
-    if PDL:
-        _prefetch_tile(
-            k_head, v_head, table, seq_lens, sequence, split, splits, least,
-            pool_stride_slot, table_stride, num_blocks, D, BITS, BLOCK_SIZE, WINDOW, BLOCK_N,
-        )  # fmt: skip
-    wait_for_predecessor(PDL)
+    # No kernel of a step writes lengths and tables (see `kernels.gpu.decode_rows`).
     seq_len = tl.load(seq_lens + sequence)
     old = seq_len - 1
-    start, tile_from, tile_to, active = _tiles_of_split(
+    start, tile_from, tile_to, active = tiles_of_split(
         seq_len, split, splits, least, WINDOW, BLOCK_N
     )
     new = 0
@@ -140,8 +103,13 @@ def _decode_kernel(
         new = tl.where(active > 1, active, 0)
         active = tl.where(active > 1, active + 1, 1)
     if split >= active:
-        return
+        return  # without waiting, since split 0 always waits
     blocks = tile_blocks(table, tile_from * BLOCK_N, old, BLOCK_N, BLOCK_SIZE)
+    if PDL:
+        _prefetch_tile(
+            k_head, v_head, blocks, tile_from, pool_stride_slot, D, BITS, BLOCK_SIZE, BLOCK_N
+        )
+    wait_for_predecessor(PDL)
 
     words = tl.arange(0, WIDTH)[None, :]
     rows = tl.arange(0, BLOCK_M)
@@ -260,56 +228,9 @@ def _decode_kernel(
                     CHUNK,
                 )  # fmt: skip
         else:
-            _store_result(out, a, b, c, d, total, rows, used, seq_len, D, BITS)
+            store_result(out, a, b, c, d, total, rows, used, seq_len, D, BITS)
     else:
-        _store_result(out, a, b, c, d, total, rows, used, seq_len, D, BITS)
-
-
-@triton.jit
-def _store_result(
-    out, a, b, c, d, total, rows, used, seq_len, D: tl.constexpr, BITS: tl.constexpr
-):
-    """Write sums [BLOCK_M, WIDTH] over their total [BLOCK_M]; 0 for a padding sequence."""
-    # Of padding nothing was attended to, whatever its q holds.
-    keep = used[:, None] & (seq_len > 0)
-    weight = 1.0 / tl.where(used & (seq_len > 0), total, 1.0)[:, None]
-    a = tl.where(keep, a * weight, 0.0)
-    if BITS < 16:
-        b = tl.where(keep, b * weight, 0.0)
-    if BITS == 4:
-        c = tl.where(keep, c * weight, 0.0)
-        d = tl.where(keep, d * weight, 0.0)
-    store_output(out + (rows * D)[:, None], a, b, c, d, used[:, None], D, BITS)
-
-
-def choose_splits(
-    sequences: int, kv_heads: int, max_seq_len: int, block_n: int, sms: int
-) -> tuple[int, int]:
-    """(splits of a sequence, tiles that each has at least).
-
-    Two programs a multiprocessor keep the memory busy. Beyond, sequences are split only if they may
-    be so long that one would keep the others waiting: on an H200, 16 sequences of 32 heads and 300
-    tokens take 24 µs whole, 31 where three splits were possible and one was used.
-    """
-    pairs = sequences * kv_heads
-    least = max(1, 1024 * pairs // (4 * sms) // block_n)
-    tiles = max(1, cdiv(max_seq_len, block_n))
-    most = cdiv(8 * sms, pairs) if pairs < 2 * sms else cdiv(max_seq_len, 8192)
-    return min(cdiv(tiles, least), most, 128), least
-
-
-def _workspace(
-    metadata: AttentionMetadata, pairs: int, splits: int, rows: int, head_dim: int, q: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(partial sums, maxima and sums, counters at zero): one for all layers of a step."""
-    key = f"decode_workspace_{pairs}_{splits}_{rows}_{head_dim}"
-    if key not in metadata.derived:
-        metadata.derived[key] = (
-            torch.empty(pairs * splits * rows * head_dim, dtype=torch.float32, device=q.device),
-            torch.empty(pairs * splits * rows * 2, dtype=torch.float32, device=q.device),
-            torch.zeros(pairs, dtype=torch.int32, device=q.device),
-        )
-    return metadata.derived[key]
+        store_result(out, a, b, c, d, total, rows, used, seq_len, D, BITS)
 
 
 def decode_attention(
@@ -333,6 +254,10 @@ def decode_attention(
     """
     sequences, kv_heads, head_dim = metadata.num_decodes, cache.k.shape[0], q.shape[2]
     group = q.shape[1] // kv_heads
+    rows = rows_config(cache.k.dtype, cache.bits, group, sequences * kv_heads)
+    if rows is not None and config is None:
+        decode_rows(out, q, k, v, cos, sin, cache, metadata, scale, window, splits, rows)
+        return
     pdl = supports_pdl(q)
     dtype = dot_dtype(q, cache)
     tile, warps, stages, registers = config or _config(
@@ -344,7 +269,7 @@ def decode_attention(
     parts, least = splits
     work: tuple[Tensor | None, ...]
     if parts > 1:
-        work = _workspace(metadata, sequences * kv_heads, parts + 1, group, head_dim, q)
+        work = workspace(metadata, sequences * kv_heads, parts + 1, group, head_dim, q)
     else:
         work = (None, None, None)
     k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
@@ -358,7 +283,7 @@ def decode_attention(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         cos.stride(0), k_pool.stride(0), k_pool.stride(1),
         *((0, 0) if k_params is None else k_params.stride()),
-        metadata.block_table.stride(0), k_pool.shape[1] // metadata.block_size, parts, least,
+        metadata.block_table.stride(0), parts, least,
         group, head_dim, part_width(head_dim, cache.bits), cos.shape[-1],
         cache.bits, cache.static, metadata.block_size, window or 0,
         parts > 1, max(1, chunk), max(16, next_power_of_2(group)), tile, stages,

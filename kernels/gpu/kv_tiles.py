@@ -177,7 +177,7 @@ def tile_slots(blocks, first, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def _widened_bytes(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
+def widened_bytes(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """(low, high) bytes of 16-bit words as numbers of DTYPE.
 
     A conversion instruction takes as long as several others; a byte under 0x64 is already the
@@ -201,7 +201,7 @@ def _widened_bytes(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _widened_nibbles(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
+def widened_nibbles(x, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """Nibbles 0, 2, 1, 3 of 16-bit words as numbers of DTYPE; 0x64h0 is 1024 + 16 h."""
     if PTX:
         return tl.inline_asm_elementwise(
@@ -254,9 +254,9 @@ def load_tile(
     if BITS == 16:
         a = x.to(DTYPE)
     elif BITS == 8:
-        a, b = _widened_bytes(x, DTYPE, PTX)
+        a, b = widened_bytes(x, DTYPE, PTX)
     else:
-        a, b, c, d = _widened_nibbles(x, DTYPE, PTX)
+        a, b, c, d = widened_nibbles(x, DTYPE, PTX)
     return a, b, c, d
 
 

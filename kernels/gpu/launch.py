@@ -33,13 +33,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None
     if not isinstance(kernel, JITFunction):  # interpreted
         kernel[grid](*args, **named)
         return
+    first = _first_constant(kernel)
     key = (
         id(kernel),  # kernels live as long as the process
         torch.cuda.current_device(),
-        *[
-            value if constant else _deciding(value)
-            for value, constant in zip(args, _are_constants(kernel))
-        ],
+        *map(_deciding, args[:first]),
+        *args[first:],
         *named.values(),
     )
     known = _variants.get(key)
@@ -61,8 +60,11 @@ def _deciding(value: Any) -> object:
 
 
 @cache
-def _are_constants(kernel: Any) -> tuple[bool, ...]:
-    return tuple(param.is_constexpr for param in kernel.params)
+def _first_constant(kernel: Any) -> int:
+    """Where a kernel's constants begin, which all stand last."""
+    kinds = [bool(param.is_constexpr) for param in kernel.params]
+    assert kinds == sorted(kinds), f"{kernel}: a constant before another argument"
+    return kinds.index(True) if True in kinds else len(kinds)
 
 
 @triton.jit

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.attention_softmax import LIFT, add_values, softmax_step
-from kernels.gpu.decode_attention import LOG2_E, TL_DTYPES
+from kernels.gpu.decode_attention import TL_DTYPES
+from kernels.gpu.decode_rows import LOG2_E
 from kernels.gpu.kv_dequantize import dequantized
 from kernels.gpu.kv_tiles import (
     dot_dtype,

@@ -19,6 +19,7 @@ import torch
 
 from kernels.gpu import attention
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.decode_rows import decode_rows
 from kernels.gpu.kv_store import rope_and_store
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.ops import AttentionMetadata, KVCache
@@ -29,6 +30,8 @@ BITS = [16, 8, 4]
 DECODE = [(b, c) for b in (1, 4, 16, 64, 256) for c in (257, 600, 2048)]
 TUNE_DECODE = [(1, 300), (1, 600), (64, 600)]
 DECODE_CONFIGS = [(64, 2, 3, 0), (64, 4, 3, 0), (64, 2, 2, 0), (32, 1, 4, 0), (32, 1, 3, 0)]
+# Of `decode_rows`, which serves KV heads with one query head, of 16 and 8 bits.
+ROWS_CONFIGS = [(4, 2, True, 0), (4, 1, True, 0), (2, 1, True, 0), (4, 1, False, 120)]
 PREFILL = [512, 2048, 4000]
 PREFILL_CONFIGS = [None, (64, 64, 4, 2), (128, 64, 8, 3), (32, 64, 4, 3), (32, 64, 2, 3)]
 L2_BYTES = 60e6
@@ -106,7 +109,8 @@ def decode(
 
     def work(i: int) -> None:
         cache = caches[i % copies]
-        decode_attention(out, q, k, v, cos, sin, cache, metadata, D**-0.5, config=config)
+        attend = decode_rows if config in ROWS_CONFIGS else decode_attention
+        attend(out, q, k, v, cos, sin, cache, metadata, D**-0.5, config=config)
 
     spent = microseconds(work)
     return spent, size / spent / 1e3
@@ -140,6 +144,8 @@ def cases(only: list[str], tune: bool) -> list[tuple]:
         sizes = TUNE_DECODE if tune else DECODE
         configs = DECODE_CONFIGS if tune else [None]
         found += [("decode", *c) for c in product(SHAPES, BITS, sizes, configs)]
+        if tune:
+            found += [("decode", *c) for c in product(SHAPES[:1], BITS[:2], sizes, ROWS_CONFIGS)]
     if "prefill" in only:
         sizes = [2048] if tune else PREFILL
         configs = PREFILL_CONFIGS if tune else [None]

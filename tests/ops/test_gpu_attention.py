@@ -11,6 +11,7 @@ from tests.ops.gpu_device import DEVICE  # isort: skip  (before triton)
 import kernels.gpu as gpu
 import kernels.reference
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.decode_rows import decode_rows
 from kernels.gpu.kv_store import rope_and_store
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.ops import AttentionMetadata, KVCache
@@ -19,6 +20,8 @@ from tests.ops.paged_batches import layout, quantized, random_tensors
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 SIMPLE = [(1, 33), (1, 70), (1, 1)]
 MIXED = [(1, 40), (1, 7), (9, 9), (5, 50), (1, 20)]
+# Query heads, KV heads and their size; alone means that a KV head serves one query head.
+GROUPED, ALONE = (4, 2, 32), (2, 2, 32)
 
 
 class Case:
@@ -132,16 +135,18 @@ class Case:
             assert (got - wanted).abs().mean() < 0.02 * step.mean() + rounding / 3
 
 
+@pytest.mark.parametrize("heads", [GROUPED, ALONE])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_decode(dtype, bits):
-    Case(SIMPLE, 3, dtype=dtype, bits=bits).check()
+def test_decode(dtype, bits, heads):
+    Case(SIMPLE, 3, heads, dtype, bits).check()
 
 
+@pytest.mark.parametrize("heads", [GROUPED, ALONE])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_decode_and_prefill_in_one_batch(dtype, bits):
-    Case(MIXED, 2, dtype=dtype, bits=bits).check()
+def test_decode_and_prefill_in_one_batch(dtype, bits, heads):
+    Case(MIXED, 2, heads, dtype, bits).check()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -152,10 +157,11 @@ def test_static_parameters_are_read_and_kept(bits):
     assert torch.equal(case.cache.k_params, before)
 
 
+@pytest.mark.parametrize("heads", [GROUPED, ALONE])
 @pytest.mark.parametrize("window", [1, 5, 64])
 @pytest.mark.parametrize("bits", [16, 4])
-def test_sliding_window(window, bits):
-    Case([(1, 90), (1, 3), (9, 12), (40, 90)], 2, bits=bits).check(window)
+def test_sliding_window(window, bits, heads):
+    Case([(1, 90), (1, 3), (9, 12), (40, 90)], 2, heads, bits=bits).check(window)
 
 
 @pytest.mark.parametrize(
@@ -166,37 +172,47 @@ def test_groups_and_head_sizes(heads, bits):
     Case([(1, 35), (6, 38)], 1, heads=heads, bits=bits).check()
 
 
+@pytest.mark.parametrize("heads", [GROUPED, ALONE])
 @pytest.mark.parametrize("block_size", [8, 16, 128])
 @pytest.mark.parametrize("bits", [16, 8])
-def test_block_sizes(block_size, bits):
-    Case(MIXED, 2, bits=bits, block_size=block_size).check()
+def test_block_sizes(block_size, bits, heads):
+    Case(MIXED, 2, heads, bits=bits, block_size=block_size).check()
 
 
+@pytest.mark.parametrize("heads", [GROUPED, ALONE])
 @pytest.mark.parametrize("bits", [16, 8])
-def test_part_of_a_head_is_rotated(bits):
-    Case(MIXED, 2, bits=bits, rotary_dim=8).check()
+def test_part_of_a_head_is_rotated(bits, heads):
+    Case(MIXED, 2, heads, bits=bits, rotary_dim=8).check()
+
+
+SPLIT = [
+    *[((6, 2, 32), bits, decode_attention, (16, 4, 2, 0)) for bits in (16, 8, 4)],
+    *[(ALONE, bits, decode_rows, (4, 1, True, 0)) for bits in (16, 8)],
+    *[(ALONE, bits, decode_rows, (2, 2, True, 0)) for bits in (16, 8)],
+]
 
 
 @pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_splits_are_added_up_and_the_counters_left_at_zero(bits, window):
-    case = Case([(1, 145), (1, 1), (1, 64)], 3, heads=(6, 2, 32), bits=bits)
+@pytest.mark.parametrize(("heads", "bits", "attend", "config"), SPLIT)
+def test_splits_are_added_up_and_the_counters_left_at_zero(heads, bits, attend, config, window):
+    case = Case([(1, 145), (1, 1), (1, 64)], 3, heads, bits=bits)
     for _ in range(2):  # the second finds the first's workspace
         cache = case.poisoned_cache()
         out = torch.full_like(case.inputs[0], torch.nan)
-        decode_attention(
+        attend(
             out, *case.inputs, cache, case.metadata, case.scale, window, splits=(5, 1),
-            config=(16, 4, 2, 0),
+            config=config,
         )  # fmt: skip
         case.compare(out, cache, window)
     (workspace,) = case.metadata.derived.values()
     assert not workspace[2].any()
 
 
+@pytest.mark.parametrize("heads", [GROUPED, ALONE])
 @pytest.mark.parametrize("splits", [(1, 1), (3, 1), (3, 2)])
 @pytest.mark.parametrize("bits", [16, 8])
-def test_a_graph_reads_lengths_and_slots_anew(bits, splits):
-    case = Case([(1, 140), (1, 70)], 2, bits=bits)
+def test_a_graph_reads_lengths_and_slots_anew(bits, splits, heads):
+    case = Case([(1, 140), (1, 70)], 2, heads, bits=bits)
     metadata, cache = case.metadata, case.copy_of_cache()
     out = torch.empty_like(case.inputs[0])
 
@@ -222,7 +238,7 @@ def test_a_graph_reads_lengths_and_slots_anew(bits, splits):
 
 
 def test_the_host_chooses_more_splits_for_a_small_batch():
-    from kernels.gpu.decode_attention import choose_splits
+    from kernels.gpu.splits import choose_splits
 
     assert choose_splits(1, 32, 600, 64, 132) == (10, 1)
     assert choose_splits(4, 32, 4352, 64, 132) == (9, 3)
@@ -231,10 +247,11 @@ def test_the_host_chooses_more_splits_for_a_small_batch():
     assert choose_splits(1, 8, 1, 64, 132) == (1, 1)
 
 
+@pytest.mark.parametrize("heads", [GROUPED, ALONE])
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("bits", [16, 8])
-def test_padding_of_a_graph_touches_no_pool(bits, invariant):
-    case = Case([(1, 33), (1, 5), (1, 9)], 3, bits=bits)
+def test_padding_of_a_graph_touches_no_pool(bits, invariant, heads):
+    case = Case([(1, 33), (1, 5), (1, 9)], 3, heads, bits=bits)
     expected, _ = case.expect()
     metadata = replace(case.metadata, batch_invariant=invariant)
     metadata.seq_lens_k[1:] = 0
