@@ -7,12 +7,22 @@ over what it found, fast enough to follow a form.
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+import json
+import os
+import sys
+from asyncio.subprocess import DEVNULL, PIPE
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
 
 from backend.config import EngineConfig
 from backend.engine.kv_plan import bytes_per_token, plan_blocks, usable_session_len
+from backend.errors import UserError
+from backend.memory import gpu_memory
+from backend.workspace.layout import tensor_para_size, text_folder, weights_folder
+
+PROJECT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,14 @@ class Footprint:
     intermediate_size: int
     total: int
     free: int
+    tp: int = 1
+
+    def refreshed(self) -> Footprint:
+        """With what is free by now."""
+        if self.device == "cpu":
+            return replace(self, free=psutil.virtual_memory().available)
+        used, total = gpu_memory(self.tp)
+        return replace(self, free=total - used) if total else self
 
 
 @dataclass(frozen=True)
@@ -137,7 +155,6 @@ def measure(config: EngineConfig) -> Footprint:
     from backend.layers.parallel import ParallelContext
     from backend.models.kv_params import stored_params
     from backend.models.loader import check_model, weight_bytes
-    from backend.workspace.layout import tensor_para_size
 
     ranks = max(config.tp, tensor_para_size(config.model))
     parallel = ParallelContext(0, ranks)
@@ -145,7 +162,7 @@ def measure(config: EngineConfig) -> Footprint:
     device = resolve_device(config, 0)
     dtype = compute_dtype(config, model, device)
     on_gpu = device.type == "cuda"
-    total = torch.cuda.mem_get_info(device)[1] if on_gpu else _machine_bytes()
+    total = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
     devices = ranks if on_gpu else 1
     return Footprint(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
@@ -163,19 +180,58 @@ def measure(config: EngineConfig) -> Footprint:
         intermediate_size=model.intermediate_size,
         total=total * devices,
         free=free_memory(device) * devices,
+        tp=devices,
     )
 
 
-async def measure_apart(config: EngineConfig) -> Footprint:
-    """The same in a process of its own, so that PyTorch's memory is given back."""
-    pool = ProcessPoolExecutor(1, get_context("spawn"))
+class Footprints:
+    """Looks at each model once while its files stay as they are, in a process of its own, so that
+    PyTorch's memory is given back. For one event loop."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[object, ...], asyncio.Task[Footprint]] = {}
+
+    async def of(self, config: EngineConfig) -> Footprint:
+        """A model's footprint, with the memory that is free now. Raises as `measure`."""
+        key = (_marks(config.model), config.dtype, config.device, config.tp)
+        looking = self._found.get(key)
+        if looking is None or (looking.done() and looking.exception()):
+            looking = self._found[key] = asyncio.create_task(_measure_apart(config))
+        found = await asyncio.shield(looking)  # others may wait for it, too
+        return found.refreshed()
+
+
+async def _measure_apart(config: EngineConfig) -> Footprint:
+    """`python -m backend.footprint`; it ends by itself, whatever becomes of this process."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "backend.footprint", cwd=PROJECT, stdin=PIPE, stdout=PIPE,
+        stderr=DEVNULL,
+    )  # fmt: skip
+    asked = {**asdict(config), "model": os.path.abspath(config.model)}
+    answer, _ = await child.communicate(json.dumps(asked).encode())
+    if child.returncode:
+        raise RuntimeError(f"backend.footprint ended with {child.returncode}")
+    found = json.loads(answer)
+    if "error" in found:
+        raise UserError(found["error"], found["hint"], field=found["field"])
+    return Footprint(**found)
+
+
+def _marks(model: str) -> tuple[object, ...]:
+    """What is another when the model in a folder is."""
+    folders = {weights_folder(model), text_folder(model)}
+    names = sorted(path for folder in folders for path in folder.glob("*") if path.suffix != ".ini")
+    return (os.path.realpath(model), *((path.name, path.stat().st_mtime_ns) for path in names))
+
+
+def main() -> None:
+    """An EngineConfig as JSON on standard input becomes a Footprint, or an error, on the output."""
     try:
-        return await asyncio.get_running_loop().run_in_executor(pool, measure, config)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        found = asdict(measure(EngineConfig(**json.load(sys.stdin))))
+    except UserError as error:
+        found = {"error": error.message, "hint": error.hint, "field": error.field}
+    print(json.dumps(found))
 
 
-def _machine_bytes() -> int:
-    import psutil
-
-    return psutil.virtual_memory().total
+if __name__ == "__main__":
+    main()

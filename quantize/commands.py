@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from backend.config import parse_bool
+from backend.guide import STEPS
 
 
 def add_commands(group: Any) -> None:
@@ -58,6 +59,32 @@ def add_commands(group: Any) -> None:
     text = "longest context in tokens (default: 512)"
     sub.add_argument("--eval-seqlen", type=count, default=512, help=text)
     _verdict(sub)
+
+
+def add_guide_command(commands: Any) -> None:
+    """Add `guide`, which walks through the ways to serve a model."""
+    text = "16 bits, int8 KV cache, 4-bit weights, both: measured, compared, recommended"
+    kinds = commands.add_parser("guide", help=text, description=text).add_subparsers(
+        required=True, metavar="measure|show"
+    )
+    sub = _command(kinds, "measure", "make, judge, serve and time a step", _guide_measure)
+    sub.add_argument("model", metavar="MODEL", help="folder of the 16-bit model")
+    text = "fp16, kv8 (int8 KV cache), w4 (4-bit weights), both, or all of them (default)"
+    sub.add_argument("--step", choices=(*STEPS, "all"), default="all", help=text)
+    text = "of held-out text to judge by (default: 8192)"
+    sub.add_argument("--eval-tokens", type=count, default=8192, metavar="TOKENS", help=text)
+    text = "longest reply (default: 64)"
+    sub.add_argument("--reply-tokens", type=count, default=64, metavar="TOKENS", help=text)
+    text = "windows of text to calibrate on (default: 128 on a GPU, 32 on a CPU)"
+    sub.add_argument("--calib-samples", type=count, help=text)
+    text = "tokens of each (default: 2048 on a GPU, 512 on a CPU)"
+    sub.add_argument("--calib-seqlen", type=count, help=text)
+    text = "auto (default) takes a GPU if there is one"
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
+    text = "what was measured, and what follows"
+    sub = kinds.add_parser("show", help=text, description=text, allow_abbrev=False)
+    sub.add_argument("model", metavar="MODEL", help="folder of the 16-bit model")
+    sub.set_defaults(run=_guide_show)
 
 
 def _command(group: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
@@ -161,3 +188,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     from quantize.lite import evaluate
 
     return evaluate(args)
+
+
+def _guide_measure(args: argparse.Namespace) -> int:
+    from quantize.guide import run
+
+    return run(args)
+
+
+def _guide_show(args: argparse.Namespace) -> int:
+    from quantize.guide import show
+
+    return show(args)

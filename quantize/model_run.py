@@ -91,7 +91,7 @@ def run_model(
     if kv.bits == 16 and weight_bytes(folder, dtype, device) > free_bytes(device) * SHARE:
         return run_by_blocks(folder, windows, device, dtype, progress)
     tokenizer = Tokenizer.from_folder(folder)
-    prompts = [_prompt_ids(folder, tokenizer, prompt) for prompt in PROMPTS]
+    prompts = [prompt_ids(folder, tokenizer, prompt) for prompt in PROMPTS]
     longest = max(
         max(len(window.ids) for window in windows), max(map(len, prompts)) + REPLY_TOKENS
     )
@@ -234,7 +234,7 @@ def _greedy(
         hidden, start = _forward(decoder, [token], start, caches, device), start + 1
 
 
-def _prompt_ids(folder: str, tokenizer: Tokenizer, prompt: str) -> list[int]:
+def prompt_ids(folder: str, tokenizer: Tokenizer, prompt: str) -> list[int]:
     """As a chat, if the model has a template; else as plain text."""
     template = ChatTemplate.from_folder(folder)
     if template.source is None:

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from backend.services import Services
 from ui import forms, theme
 from ui.chat_tab import ChatTab
+from ui.config_tab import ConfigTab
 from ui.i18n import gradio_i18n, label, t
 from ui.status_bar import build_status_bar
 
@@ -42,6 +43,7 @@ class TabEntry(NamedTuple):
 
 
 TABS: tuple[TabEntry, ...] = (  # in the order in which they stand
+    TabEntry("config", ConfigTab),
     TabEntry("chat", ChatTab, restful=True),
 )
 FIRST = "chat"  # shown first
@@ -49,7 +51,7 @@ FIRST = "chat"  # shown first
 
 def build_ui(services: Services) -> gr.Blocks:
     """The page, not yet served."""
-    entries = [entry for entry in TABS if entry.restful or not services.remote]
+    entries = [entry for entry in TABS if entry.restful or services.library is not None]
     with gr.Blocks(title=t("page.title"), fill_width=True, analytics_enabled=False) as page:
         build_status_bar()
         if len(entries) == 1:
@@ -68,8 +70,10 @@ def _build_tabs(entries: list[TabEntry], services: Services) -> list[Tab]:
         for entry in entries:
             # All are drawn at once, so that nothing is lost by looking at another.
             layout: dict[str, Any] = {"elem_id": f"tab-{entry.id}", "render_children": True}
-            with gr.Tab(label(f"tab.{entry.id}"), id=entry.id, **layout):
+            with gr.Tab(label(f"tab.{entry.id}"), id=entry.id, **layout) as place:
                 tabs.append(entry.build(services))
+            if hasattr(tabs[-1], "wire_select"):  # what it does only when somebody opens it
+                tabs[-1].wire_select(place)
     return tabs
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from backend.config import SamplingParams, base_type
+from backend.workspace.keys import ENGINE_KEYS, KEYS, SWITCH, Key
 from ui.i18n import label
 
 MAIN_FIELDS = ("temperature", "top_p", "max_tokens")
@@ -25,9 +26,17 @@ def help_key(name: str) -> str:
     return f"help.{name}"
 
 
+def setting_help_key(key: Key) -> str:
+    """The i18n key of the help of a key of a model's settings."""
+    return f"help.{'ini' if KEYS.get(key.name) is key else 'engine'}.{key.name}"
+
+
 def help_texts() -> dict[str, str]:
     """i18n key -> English help of every setting that a form shows."""
-    return {help_key(f.name): _sentence(f) for f in _sampling_fields()}
+    settings = (*KEYS.values(), *ENGINE_KEYS.values())
+    return {help_key(f.name): _sentence(f) for f in _sampling_fields()} | {
+        setting_help_key(key): key.help for key in settings
+    }
 
 
 def defaults(recommended: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,3 +86,33 @@ def _number(f: Field[Any], value: float | None) -> gr.Number:
         elem_id=f"sampling-{f.name}",
         min_width=120,
     )
+
+
+def setting_input(key: Key, elem_id: str) -> Any:
+    """An input for a key of a model's settings, without a value yet. What is locked is greyed.
+
+    Bounds are not Gradio's, as for sampling settings.
+    """
+    common: dict[str, Any] = {"label": key.name, "elem_id": elem_id, "min_width": 150}
+    if key.locked:
+        return gr.Textbox(interactive=False, elem_classes="lmd-locked", **common)
+    if key.type is bool or key.choices == SWITCH:
+        return gr.Checkbox(interactive=True, **common)
+    if key.choices:
+        return gr.Dropdown(list(key.choices), interactive=True, filterable=False, **common)
+    if key.type is str:
+        return gr.Textbox(interactive=True, max_lines=1, **common)
+    return gr.Number(interactive=True, step=1 if key.type is int else 0.05, **common)
+
+
+def setting_value(key: Key, text: str | None) -> Any:
+    """What such an input shows for the `text` in a file; None: it is not there, and an input for
+    numbers then shows nothing, others the default."""
+    if text is None:
+        shows_default = key.type is bool or key.choices
+        return (bool(key.default) if key.type is bool or key.choices == SWITCH else key.default
+                ) if shows_default else None
+    value = key.parse(text)
+    if key.locked:
+        return text
+    return bool(value) if key.choices == SWITCH else value

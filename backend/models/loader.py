@@ -141,17 +141,19 @@ def weight_bytes(
 ) -> int:
     """Bytes that one rank's weights will take, loaded to compute in `dtype` on `device`."""
     shell = create_shell(config, parallel, dtype=dtype)
-    if config.quantization is None or config.quantization.method != "awq":
-        return shell.weight_bytes()
-    if has_w4_kernel(dtype, device):
-        return shell.weight_bytes()
-    unpacked = 0
+    packed = config.quantization is not None and config.quantization.method == "awq"
+    unpack = packed and not has_w4_kernel(dtype, device)
+    total = 0
     for name, parameter in shell.named_parameters():
-        if name.endswith(".qweight"):  # eight numbers in each
-            unpacked += 8 * parameter.numel() * dtype.itemsize
+        if not unpack:
+            total += parameter.numel() * parameter.element_size()
+        elif name.endswith(".qweight"):  # eight numbers in each
+            total += 8 * parameter.numel() * dtype.itemsize
         elif not name.endswith((".scales", ".qzeros")):
-            unpacked += parameter.numel() * dtype.itemsize
-    return unpacked
+            total += parameter.numel() * dtype.itemsize
+    if device.type == "cpu" and config.tie_word_embeddings:  # the head keeps a copy
+        total += shell.embed_tokens.weight.numel() * dtype.itemsize
+    return total
 
 
 def check_dtype(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:

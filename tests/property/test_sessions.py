@@ -105,8 +105,7 @@ class Conversations(RuleBasedStateMachine):
         before, _ = self.kept.get((key, number), ([], 0.0))
 
         def work() -> bool:
-            with self.sessions.turn(key, number, [user(text)], keep=True) as turn:
-                turn.accept()
+            self.sessions.add(key, number, [user(text)])
             return True
 
         if self.expect((key, number), work):

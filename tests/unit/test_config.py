@@ -23,9 +23,8 @@ from backend.config import (
     workspace_kv_cache_dtype,
 )
 from backend.errors import UserError
-from backend.proxy_command import ProxyConfig
 
-CONFIGS = [EngineConfig, SamplingParams, ServerConfig, ChatConfig, ProxyConfig]
+CONFIGS = [EngineConfig, SamplingParams, ServerConfig, ChatConfig]
 
 
 def parser_for(cls: type) -> argparse.ArgumentParser:

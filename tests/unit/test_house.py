@@ -32,6 +32,9 @@ FLOORS = {
     "backend.jobs": 30,
     "backend.remote": 30,
     "quantize": 30,
+    "quantize.guide": 45,  # times what is served, too
+    "quantize.commands": 46,
+    "backend.guide": 28,
     "backend.engine": 20,
     "backend.tokenizer": 20,
     "backend.chat_template": 20,
@@ -55,7 +58,6 @@ FLOORS = {
     "backend.workspace": 25,
     "backend.import_bin": 26,
     "backend.workspace_commands": 40,
-    "backend.proxy_command": 45,
     "backend.workspace.layout": 5,  # where a workspace's files are: every floor reads them
     "backend.models": 15,
     "backend.layers": 14,

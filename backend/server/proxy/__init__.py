@@ -1,1 +1,0 @@
-"""`serve proxy`: one address for many api_servers."""
