@@ -4,6 +4,7 @@ python app.py [MODEL]                          page and API on one port; the bun
 python app.py serve api_server MODEL           the API alone
 python app.py serve gradio http://HOST:PORT    the page over a remote api_server
 python app.py serve api_client http://HOST:PORT   in the terminal, with an api_server
+python app.py serve proxy                      one address for many api_servers
 python app.py chat MODEL                       in the terminal
 python app.py benchmark profile_generation MODEL   how fast it is; docs/benchmarking.md
 python app.py lite auto_awq MODEL              quantize it, and measure how good it is then
@@ -32,6 +33,7 @@ from backend.command_line import Parser, add_command
 from backend.config import ChatConfig, EngineConfig, ServerConfig, parse_bool
 from backend.errors import UserError
 from backend.hub_commands import add_command as add_download_command, fetch_named_models
+from backend.proxy_command import add_command as add_proxy_command
 from backend.target import BUNDLED_MODEL, add_service_flags, is_address, open_services
 from backend.workspace_commands import add_commands as add_workspace_commands
 from quantize.commands import add_commands as add_lite_commands, add_guide_command
@@ -101,7 +103,7 @@ def _add_page_flags(parser) -> None:
 def _add_serve(commands) -> None:
     text = "a server: the API, the page; or a client of one"
     serve = commands.add_parser("serve", help=text, description=text)
-    kinds = serve.add_subparsers(required=True, metavar="api_server|gradio|api_client")
+    kinds = serve.add_subparsers(required=True, metavar="api_server|gradio|api_client|proxy")
     text = "the OpenAI-compatible API"
     examples = ("serve api_server ./workspace --server-port 23333",
                 "serve api_server ./internlm2-chat-7b --server-name 0.0.0.0 --tp 2")
@@ -116,6 +118,7 @@ def _add_serve(commands) -> None:
     text = "true insists that the target is a server's URL, false that it is a model"
     sub.add_argument("--restful-api", type=parse_bool, metavar="true|false", help=text)
     chat_commands.add_api_client(kinds)
+    add_proxy_command(kinds)
 
 
 async def run_gradio(args: argparse.Namespace) -> int:

@@ -216,6 +216,22 @@ class ChatService:
                 if delta.text or delta.logprobs:
                     yield delta
 
+    def room(self, num_tokens: int, info: ModelInfo) -> int:
+        """Tokens that the context leaves for the reply to a prompt of so many.
+
+        Raises:
+            ContextLengthError: none.
+        """
+        room = info.session_len - num_tokens
+        if room < 1:
+            raise ContextLengthError(
+                f"The prompt has {num_tokens} tokens, but the context holds {info.session_len}, "
+                "prompt and reply together.",
+                "Shorten the conversation, or load the model with a larger --session-len.",
+                field="messages",
+            )
+        return room
+
     def _fit(self, ids: list[int], sampling: SamplingParams, info: ModelInfo) -> SamplingParams:
         """Refuse what cannot run; bound the reply by what the context leaves."""
         if not ids:
@@ -225,14 +241,7 @@ class ChatService:
             raise UserError(
                 f"Token id {wrong} is outside the vocabulary of {info.vocab_size}.", field="prompt"
             )
-        room = info.session_len - len(ids)
-        if room < 1:
-            raise ContextLengthError(
-                f"The prompt has {len(ids)} tokens, but the context holds {info.session_len}, "
-                "prompt and reply together.",
-                "Shorten the conversation, or load the model with a larger --session-len.",
-                field="messages",
-            )
+        room = self.room(len(ids), info)
         for name in ("stop_token_ids", "logit_bias"):
             wrong = next((i for i in getattr(sampling, name) if i >= info.vocab_size), None)
             if wrong is not None:

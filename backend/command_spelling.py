@@ -25,6 +25,7 @@ MODULES: dict[str, Command] = {
     "lmdeploy.app": ("serve", "gradio"),
     "lmdeploy.serve.openai.api_server": ("serve", "api_server"),
     "lmdeploy.serve.openai.api_client": ("serve", "api_client"),
+    "lmdeploy.serve.proxy.proxy": ("serve", "proxy"),
     "lmdeploy.lite.apis.calibrate": ("lite", "calibrate"),
     "lmdeploy.lite.apis.auto_awq": ("lite", "auto_awq"),
     "lmdeploy.lite.apis.kv_qparams": ("lite", "kv_qparams"),

@@ -69,7 +69,7 @@ class RemoteChat:
         self._status: tuple[float, ServiceStatus] | None = None
         self._asking = asyncio.Lock()  # however many pages poll, one asks
         self._with_usage = True  # until the server refuses stream_options
-        self._http = bounded_client(self.url, self._key)
+        self._http = bounded_client(self.url, self.key)
         import openai  # takes half a second, and only restful mode needs it
 
         self._completions = openai.AsyncOpenAI(
@@ -89,6 +89,15 @@ class RemoteChat:
             raise self._no_server()
         names = [entry.get("id") for entry in entries[:MAX_MODELS] if isinstance(entry, dict)]
         return [name for name in names if isinstance(name, str) and 0 < len(name) <= 512]
+
+    async def ready_models(self) -> list[str]:
+        """`models`, if the server says that it can answer for them.
+
+        Raises:
+            RemoteError, AuthError, OverloadedError: see `_failure`.
+        """
+        await self._check_health()
+        return await self.models()
 
     async def status(self) -> ServiceStatus:
         """State of the server: all of it if it is one of ours, else whether it is there."""
@@ -204,14 +213,21 @@ class RemoteChat:
         except (UserError, msgspec.ValidationError):
             pass  # not one of ours
         try:
+            await self._check_health()
+        except UserError as error:
+            return ServiceStatus("unreachable", model, str(error))
+        return ServiceStatus("ready", model)
+
+    async def _check_health(self) -> None:
+        try:
             await self._get("/health")
         except UserError as error:
             if error.status >= 500 and error.code != NO_SERVER:  # many have no /health
-                return ServiceStatus("unreachable", model, str(error))
-        return ServiceStatus("ready", model)
+                raise
 
-    def _key(self) -> str | None:
-        """Read anew each time: the server may have been started again, with another key."""
+    def key(self) -> str | None:
+        """The server's key; None if it needs none. A file is read anew each time: the server may
+        have been started again, with another key."""
         if self._api_key or not is_loopback_url(self.url):
             return self._api_key or None
         parts = urlsplit(self.url)
@@ -245,7 +261,7 @@ class RemoteChat:
         text, code = _error_of(response)
         where = f"The api_server at {self.url}"
         if status in (401, 403):
-            verb = "does not accept the" if self._key() else "needs an"
+            verb = "does not accept the" if self.key() else "needs an"
             return AuthError(f"{where} {verb} API key.", "Enter the key it was started with.")
         if status == 404:
             if response.request.method == "POST" and text and "model" in f"{code} {text}":

@@ -66,15 +66,20 @@ def is_loopback_url(url: str) -> bool:
         return False
 
 
-def bounded_client(url: str, key: Callable[[], str | None]) -> httpx2.AsyncClient:
+def bounded_client(
+    url: str, key: Callable[[], str | None], max_bytes: int = MAX_EVENT_BYTES
+) -> httpx2.AsyncClient:
     """A client for the server at a normalised URL, which sends what `key` returns, and no other
     credentials. It keeps no connections, so that it may be dropped without closing it. Answers
-    over `MAX_EVENT_BYTES` raise RemoteError."""
+    over `max_bytes` raise RemoteError, as events over `MAX_EVENT_BYTES` do."""
     async def authorize(request: httpx2.Request) -> None:
         for name in request.headers.keys() - HEADERS:
             del request.headers[name]
         if (value := key()) is not None:
             request.headers["Authorization"] = f"Bearer {value}"
+
+    async def bound(response: httpx2.Response) -> None:
+        _bound(response, max_bytes)
 
     return httpx2.AsyncClient(
         timeout=httpx2.Timeout(IDLE_SECONDS, connect=CONNECT_SECONDS),
@@ -83,18 +88,18 @@ def bounded_client(url: str, key: Callable[[], str | None]) -> httpx2.AsyncClien
         verify=url.startswith("https:"),  # reading the certificates takes a while
         limits=httpx2.Limits(max_keepalive_connections=0),
         headers={"Accept-Encoding": "identity"},  # 1 MiB of gzip may be 1 GiB
-        event_hooks={"request": [authorize], "response": [_bound]},
+        event_hooks={"request": [authorize], "response": [bound]},
     )
 
 
 class _BoundedStream(httpx2.AsyncByteStream):
-    """Refuses more than `MAX_EVENT_BYTES` without a blank line, the end of an event.
+    """Refuses more than `limit` bytes without a blank line, the end of an event.
 
     Where there are no events, in answers that are no streams, it bounds the whole.
     """
 
-    def __init__(self, inner: httpx2.AsyncByteStream, events: bool) -> None:
-        self._inner, self._events = inner, events
+    def __init__(self, inner: httpx2.AsyncByteStream, events: bool, limit: int) -> None:
+        self._inner, self._events, self._limit = inner, events, limit
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         pending, tail = 0, b""
@@ -104,7 +109,7 @@ class _BoundedStream(httpx2.AsyncByteStream):
             pending += len(chunk)
             if self._events and ends:
                 pending = len(seen) - max(ends)
-            if pending > MAX_EVENT_BYTES:
+            if pending > self._limit:
                 raise RemoteError("The api_server sent too much at once.", "Check the URL.")
             tail = seen[-3:]
             yield chunk
@@ -113,7 +118,7 @@ class _BoundedStream(httpx2.AsyncByteStream):
         await self._inner.aclose()
 
 
-async def _bound(response: httpx2.Response) -> None:
+def _bound(response: httpx2.Response, max_bytes: int) -> None:
     """Called with every answer, before its body is read."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise RemoteError("The api_server sent a compressed answer, which it was told not to.")
@@ -122,7 +127,8 @@ async def _bound(response: httpx2.Response) -> None:
     events = (response.request.method == "POST" and response.status_code == 200
               and kind.startswith("text/event-stream"))
     assert isinstance(response.stream, httpx2.AsyncByteStream)
-    response.stream = _BoundedStream(response.stream, events)
+    limit = MAX_EVENT_BYTES if events else max_bytes
+    response.stream = _BoundedStream(response.stream, events, limit)
 
 
 def _checked_host(host: str, text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -23,11 +24,13 @@ class AppProcess:
     Args:
         home: stands in for the user's home directory.
         argv: of app.py.
+        cwd: its current folder.
     """
 
-    def __init__(self, home: Path, *argv: str | Path) -> None:
+    def __init__(self, home: Path, *argv: str | Path, cwd: Path = ROOT) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "app.py", *map(str, argv)], cwd=ROOT, env=environment(home),
+            [sys.executable, str(ROOT / "app.py"), *map(str, argv)], cwd=cwd,
+            env=environment(home),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True)
         self.pid = self.process.pid
@@ -72,6 +75,10 @@ class AppProcess:
         out, err = self.process.communicate(timeout=BOUND_S)
         self._too_long.cancel()
         return self.process.returncode, out, err
+
+    def interrupt(self) -> None:
+        """Ctrl-C, as a terminal sends it."""
+        os.killpg(self.pid, signal.SIGINT)
 
     def kill(self) -> None:
         """End it, if it is still there."""

@@ -57,9 +57,9 @@ def base_app(
     Raises:
         UserError: the server would be open to others without a key.
     """
-    app = _bare_app(config)
+    app = bare_app(config)
     _add_status(app, backend, trouble)
-    _add_fallbacks(app)
+    add_fallbacks(app)
     app.add_middleware(Guard, config=config)
     return app
 
@@ -110,7 +110,7 @@ def create_app(
         engine = engines.current.engine
         return "" if engine.healthy() else TROUBLES[engine.state]
 
-    app = _bare_app(config)
+    app = bare_app(config)
     _add_status(app, engines, trouble)
     app.add_api_route("/v1/models", routes.list_models, methods=["GET"])
     app.add_api_route("/v1/models/{model:path}", routes.get_model, methods=["GET"])
@@ -133,14 +133,15 @@ def create_app(
 
     app.add_api_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
     own = frozenset(str(getattr(route, "path", "")) for route in app.routes)
-    _add_fallbacks(app)
+    add_fallbacks(app)
     # The last added is the outermost: refused requests are counted too.
     app.add_middleware(Guard, config=config)
     app.add_middleware(CountRequests, metrics=metrics, routes=own)
     return app
 
 
-def _bare_app(config: ServerConfig) -> FastAPI:
+def bare_app(config: ServerConfig) -> FastAPI:
+    """An application without routes, whose errors are OpenAI's."""
     app = FastAPI(
         root_path=config.root_path, openapi_url=None, docs_url=None, redoc_url=None,
         # A redirect would be made of the Host header, whatever that says.
@@ -172,7 +173,7 @@ def _add_status(app: FastAPI, backend: ChatBackend, trouble: Callable[[], str]) 
     app.add_api_route("/api/status", status, methods=["GET"])
 
 
-def _add_fallbacks(app: FastAPI) -> None:
+def add_fallbacks(app: FastAPI) -> None:
     """Answer 404 and 405 of the API's paths here, as JSON: what matches no route of ours would
     go to the page that is mounted at "/"."""
     own = [route for route in app.routes if isinstance(route, Route)]
@@ -184,7 +185,8 @@ def _add_fallbacks(app: FastAPI) -> None:
             raise HTTPException(
                 405, f"{request.url.path} takes {' or '.join(allowed)}, not {request.method}.",
                 {"Allow": ", ".join(allowed)})
-        raise HTTPException(404, f"There is no {request.url.path} here; see /docs.")
+        hint = "; see /docs" if any(route.path == "/docs" for route in own) else ""
+        raise HTTPException(404, f"There is no {request.url.path} here{hint}.")
 
     for path in sorted({route.path for route in own} | {"/v1/{rest:path}", "/api/{rest:path}"}):
         app.add_route(path, fallback, methods=METHODS, include_in_schema=False)

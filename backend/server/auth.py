@@ -73,6 +73,11 @@ def caller(request: Request) -> str:
     return request.scope[SCOPE_KEY]
 
 
+def key_name(key: str) -> str:
+    """What `caller` says of a request with this key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
 def _split_host(host: str) -> str | None:
     """Lower-case host without its port; None if it is malformed."""
     match = _HOST.fullmatch(host)

@@ -164,6 +164,37 @@ async def serve_forever(
     Raises:
         UserError: the model cannot be loaded.
     """
+
+    async def announce() -> str:
+        try:
+            what = await services.ready()
+        except UserError as error:
+            if not with_page:
+                raise
+            what = f"no model yet: {error}"  # the page can load another
+        return announcement(config, what, with_page, not services.remote)
+
+    seconds = SHUTDOWN_SECONDS * (1 if services.remote else 2)
+    await serve_until_told(app, sock, announce, services.stop, seconds)
+
+
+async def serve_until_told(
+    app: FastAPI,
+    sock: socket.socket,
+    announce: Callable[[], Awaitable[str]],
+    end_replies: Callable[[], Awaitable[None]],
+    shutdown_seconds: int,
+) -> None:
+    """Serve `app` until a signal comes.
+
+    Args:
+        announce: what to print, once there is something to be had.
+        end_replies: called when replies go on for too long after the signal.
+        shutdown_seconds: when open connections are cut off.
+
+    Raises:
+        UserError: by `announce`; ends the serving.
+    """
     server = _Server(
         uvicorn.Config(
             app,
@@ -172,23 +203,20 @@ async def serve_forever(
             server_header=False,
             proxy_headers=False,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS * (1 if services.remote else 2),
+            timeout_graceful_shutdown=shutdown_seconds,
         ),
-        services.stop,
+        end_replies,
     )
 
-    async def announce() -> None:
+    async def say() -> None:
         try:
-            what = await services.ready()
-        except UserError as error:
-            if not with_page:
-                server.should_exit = True
-                raise
-            what = f"no model yet: {error}"  # the page can load another
-        print(announcement(config, what, with_page, not services.remote), flush=True)
+            print(await announce(), flush=True)
+        except UserError:
+            server.should_exit = True
+            raise
 
     await asyncio.sleep(0)  # Ctrl-C while the page was being built ends here, not amid the start
-    announcing = asyncio.create_task(announce())
+    announcing = asyncio.create_task(say())
     await server.serve(sockets=[sock])
     if announcing.done():
         announcing.result()

@@ -58,7 +58,7 @@ class LMDeployRoutes:
         elif not body.interactive_mode:
             self.sessions.end(key, number)
         elif body.prompt:
-            self.sessions.add(key, number, [message.as_dict() for message in body.prompt])
+            await self._add(key, body)
         return JSONResponse(_piece("", 0, None))
 
     async def encode(self, request: Request) -> Response:
@@ -72,6 +72,18 @@ class LMDeployRoutes:
         lists = [
             await _encode(chat, text, bool(body.do_preprocess), begun) for text in body.input]
         return JSONResponse({"input_ids": lists, "length": [len(ids) for ids in lists]})
+
+    async def _add(self, key: str, body: InteractiveRequest) -> None:
+        """Add to a conversation without a reply; no more than could be answered."""
+        chat = self.engines.require()
+        info = chat.engine.require_ready()
+        new = [message.as_dict() for message in body.prompt]
+        with self.sessions.turn(key, body.session, new, keep=True) as turn:
+            try:
+                chat.room(len(await chat.encode_chat(turn.messages)), info)
+            except UserError as error:
+                raise _of_session(error, body.session) from error
+            turn.accept()
 
     async def _answer(self, request: Request, body: InteractiveRequest) -> Response:
         chat = self.engines.require()

@@ -83,15 +83,6 @@ class Sessions:
             session, messages, lambda failed: self._settled(key, number, keep or failed))
         return session.turn
 
-    def add(self, key: str, number: int, messages: list[Message]) -> None:
-        """Add to a conversation without a reply.
-
-        Raises:
-            SessionBusyError, TooManySessionsError: see there.
-        """
-        self._open(key, number).messages += messages
-        self._settled(key, number, keep=True)
-
     def end(self, key: str, number: int) -> None:
         """Forget a conversation, if there is one.
 
@@ -149,7 +140,8 @@ class Sessions:
 
 class Turn:
     """One exchange. When it is left, the conversation has what was said and the reply as far as it
-    came; or neither, if no reply came at all. After an error the session is what it was before.
+    came; or neither, if no reply came where one was to come. After an error the session is what it
+    was before.
 
     Attributes:
         messages: the conversation to answer.
@@ -164,6 +156,7 @@ class Turn:
         self._on_settled = on_settled
         self.messages = [*session.messages, *new]
         self.cancelled = self.failed = False
+        self._accepted = False
         self._reply: list[str] | None = None
         self._waiting: asyncio.Timeout | None = None
 
@@ -172,6 +165,10 @@ class Turn:
         if self._reply is None:
             self._reply = []
         self._reply.append(text)
+
+    def accept(self) -> None:
+        """There is to be no reply: what was said stays all the same."""
+        self._accepted = True
 
     def cancel(self) -> None:
         """End the reply. The session is free when this returns."""
@@ -208,7 +205,11 @@ class Turn:
         if self._session.turn is not self:
             return  # cancelled, and perhaps the next turn has begun
         self._session.turn = None
-        if self._reply is not None and not self.failed:
+        if self.failed:
+            pass
+        elif self._reply is not None:
             reply = {"role": "assistant", "content": "".join(self._reply)}
             self._session.messages = [*self.messages, reply]
+        elif self._accepted:
+            self._session.messages = self.messages
         self._on_settled(self.failed)

@@ -105,7 +105,8 @@ class Conversations(RuleBasedStateMachine):
         before, _ = self.kept.get((key, number), ([], 0.0))
 
         def work() -> bool:
-            self.sessions.add(key, number, [user(text)])
+            with self.sessions.turn(key, number, [user(text)], keep=True) as turn:
+                turn.accept()
             return True
 
         if self.expect((key, number), work):

@@ -4,7 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from backend.server.proxy import routes
+from tests.server.proxy_support import RunningProxy, stand_ins
 from tests.server.support import Served, serve
+from tests.stand_in import StandIn
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +15,28 @@ def served() -> Iterator[Served]:
     """A server without keys, shared; who changes its state makes one of their own."""
     with serve() as running:
         yield running
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies ask their nodes all the time."""
+    monkeypatch.setattr(routes, "CHECK_INTERVAL_SECONDS", 0.02)
+
+
+@pytest.fixture
+def proxy(often: None) -> Iterator[RunningProxy]:
+    """A proxy without nodes."""
+    with RunningProxy() as running:
+        yield running
+        running.assert_idle()
+
+
+@pytest.fixture
+def pair(proxy: RunningProxy) -> Iterator[tuple[RunningProxy, StandIn, StandIn]]:
+    """A proxy and two nodes; the first gets all requests, as long as it can answer."""
+    with stand_ins(2) as (first, second):
+        proxy.add(first.url)
+        proxy.add(second.url)
+        proxy.prefer(first.url)
+        yield proxy, first, second
+        proxy.assert_idle()

@@ -255,6 +255,11 @@ def test_a_session_that_is_too_long_says_what_to_do(talk: Talk, monkeypatch: pyt
     error = talk.refused(400, prompt="x" * 140_000, session_id=1, interactive_mode=True)
     assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
     assert "End the session" in error["message"]
+    half = {"session_id": 1, "interactive_mode": True, "request_output_len": 0}
+    error = talk.refused(400, prompt="x" * 140_000, **half)  # nor can it grow without a reply
+    assert error["code"] == "context_length_exceeded" and "End the session" in error["message"]
+    error = talk.refused(400, prompt=[{"role": "user", "content": "x"}] * 1023, **half)
+    assert "1024" in error["message"] and error["param"] == "prompt"
     talk.say("two")  # as if it had not been asked
     assert talk.shown() == "u:one | a:one | u:two"
     error = talk.refused(400, prompt="x" * 140_000)

@@ -23,8 +23,9 @@ from backend.config import (
     workspace_kv_cache_dtype,
 )
 from backend.errors import UserError
+from backend.proxy_command import ProxyConfig
 
-CONFIGS = [EngineConfig, SamplingParams, ServerConfig, ChatConfig]
+CONFIGS = [EngineConfig, SamplingParams, ServerConfig, ChatConfig, ProxyConfig]
 
 
 def parser_for(cls: type) -> argparse.ArgumentParser:

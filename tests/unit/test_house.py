@@ -58,6 +58,7 @@ FLOORS = {
     "backend.workspace": 25,
     "backend.import_bin": 26,
     "backend.workspace_commands": 40,
+    "backend.proxy_command": 45,
     "backend.workspace.layout": 5,  # where a workspace's files are: every floor reads them
     "backend.models": 15,
     "backend.layers": 14,

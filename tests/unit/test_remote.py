@@ -341,4 +341,4 @@ def test_key_file_is_for_servers_on_this_machine(server: StandIn) -> None:
     asyncio.run(RemoteChat(server.url, "sk-given").models())
     sent = [headers["authorization"] for _, headers, _ in server.seen]
     assert sent == ["Bearer sk-from-file", "Bearer sk-given"]
-    assert RemoteChat(f"http://192.0.2.1:{port}")._key() is None
+    assert RemoteChat(f"http://192.0.2.1:{port}").key() is None

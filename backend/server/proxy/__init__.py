@@ -1,0 +1,1 @@
+"""`serve proxy`: one address for many api_servers."""

@@ -1,0 +1,301 @@
+"""The proxy's application: OpenAI's routes, passed on to nodes, and /nodes for their operator."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from backend.config import ServerConfig
+from backend.errors import ModelNotFoundError, RemoteError, UserError
+from backend.remote_http import normalise_url
+from backend.server import sse
+from backend.server.api import add_fallbacks, bare_app
+from backend.server.auth import Guard, caller, key_name
+from backend.server.body import parse_json, read_body, read_json
+from backend.server.failures import describe, error_body
+from backend.server.limits import Admission, Limits
+from backend.server.listen import local_url, tunnel_line
+from backend.server.proxy.nodes import Node, Nodes, Work
+from backend.server.proxy.protocol import AddRequest, RemoveRequest
+from backend.server.proxy.upstream import Answer, NodeError, Upstream
+from backend.server.strict import parse
+
+log = logging.getLogger(__name__)
+
+CHECK_INTERVAL_SECONDS = 5.0
+MAX_ATTEMPTS = 3  # nodes that one request may be sent to
+# Twice the queue of one api_server: the nodes have queues of their own behind this.
+LIMITS = Limits(max_waiting=512)
+# Answers that another node may do better than: its key is wrong, it does not have the model after
+# all, it has too much to do, it is broken.
+TRY_ANOTHER = {401, 403, 404, 429}
+
+
+class AdminError(UserError):
+    """A client's key where the operator's is needed."""
+
+    status = 403
+    code = "admin_key_needed"
+
+
+class Proxy:
+    """Spreads requests over nodes.
+
+    Args:
+        nodes: which there are, and how they are chosen.
+        admin_key: of who may change them.
+        node_key: what nodes are sent that were added without a key of their own.
+        connect: makes a node's connections.
+    """
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        admin_key: str,
+        node_key: str = "",
+        *,
+        connect: Callable[[str, str], Upstream] = Upstream,
+    ) -> None:
+        self.nodes = nodes
+        self.own_url = ""
+        self.admission = Admission(LIMITS)
+        self._admin = key_name(admin_key)
+        self._node_key = node_key
+        self._connect = connect
+        self._upstreams: dict[Node, Upstream] = {}
+        self._checking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Proxy:
+        self._checking = asyncio.create_task(self._check_for_ever())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._checking is not None:
+            self._checking.cancel()
+            await asyncio.gather(self._checking, return_exceptions=True)
+
+    def app(self, config: ServerConfig) -> FastAPI:
+        """The application.
+
+        Args:
+            config: the final port; its keys are the clients' and the operator's.
+        """
+        self.own_url = local_url(config)
+        app = bare_app(config)
+        for path in ("/v1/chat/completions", "/v1/completions"):
+            app.add_route(path, self._forwarder(path), methods=["POST"])
+        app.add_route("/v1/models", self._models, methods=["GET"])
+        app.add_route("/v1/models/{model:path}", self._model, methods=["GET"])
+        app.add_route("/health", self._health, methods=["GET", "HEAD"])
+        app.add_route("/nodes/status", self._status, methods=["GET"])
+        app.add_route("/nodes/add", self._add, methods=["POST"])
+        app.add_route("/nodes/remove", self._remove, methods=["POST"])
+        add_fallbacks(app)
+        app.add_middleware(Guard, config=config)
+        return app
+
+    # Nodes
+
+    def begin_with(self, urls: tuple[str, ...]) -> None:
+        """Take in nodes that need not answer yet.
+
+        Raises:
+            UserError: a URL is none.
+        """
+        for url in map(normalise_url, urls):
+            node = self.nodes.add(Node(url, healthy=False, detail="It has not answered yet."))
+            self._upstreams[node] = self._connect(url, self._node_key)
+
+    async def check_all(self) -> None:
+        """Ask all nodes at once whether they can answer, and for which models."""
+        await asyncio.gather(*(self._check(node) for node in self.nodes))
+
+    async def _check(self, node: Node) -> None:
+        upstream = self._upstreams.get(node)
+        if upstream is None:
+            return  # removed meanwhile
+        try:
+            node.models = tuple(await upstream.check())
+        except UserError as error:
+            self._mark_down(node, str(error))
+        else:
+            if not node.healthy:
+                log.warning("The node %s answers.", node.url)
+            node.healthy, node.detail = True, ""
+
+    async def _check_for_ever(self) -> None:
+        while True:
+            try:
+                await self.check_all()
+            except Exception:
+                log.exception("The nodes could not be checked")
+            await asyncio.sleep(CHECK_INTERVAL_SECONDS)
+
+    def _mark_down(self, node: Node, why: str) -> None:
+        if node.healthy:
+            log.warning("The node %s gets no requests until it answers: %s", node.url, why)
+        node.healthy, node.detail = False, why
+
+    def _require_admin(self, request: Request) -> None:
+        if caller(request) != self._admin:
+            raise AdminError("This needs the proxy's admin key.",
+                             "It was printed where the proxy was started.")
+
+    async def _status(self, request: Request) -> Response:
+        """All nodes, by URL."""
+        self._require_admin(request)
+        return JSONResponse({node.url: _describe(node) for node in self.nodes})
+
+    async def _add(self, request: Request) -> Response:
+        """Take in a node that answers, or change one."""
+        self._require_admin(request)
+        body = parse(AddRequest, await read_json(request))
+        url = normalise_url(body.url)
+        if url == self.own_url:
+            raise UserError("A proxy cannot be its own node.", field="url")
+        upstream = self._connect(url, body.api_key or self._node_key)
+        models = tuple(await sse.until_gone(request.receive, upstream.check()))
+        node = self.nodes.add(Node(url, models, speed=body.speed))
+        self._upstreams[node] = upstream
+        return JSONResponse({url: _describe(node)})
+
+    async def _remove(self, request: Request) -> Response:
+        """Let a node go. LMDeploy takes the URL in the query."""
+        self._require_admin(request)
+        named = request.query_params.get("node_url")
+        url = normalise_url(named or parse(RemoveRequest, await read_json(request)).url)
+        node = self.nodes.get(url)
+        self.nodes.remove(url)
+        assert node is not None
+        del self._upstreams[node]
+        return JSONResponse({})
+
+    # What clients see
+
+    async def _health(self, request: Request) -> Response:
+        """200 while there is a node that answers."""
+        if any(node.healthy for node in self.nodes):
+            return JSONResponse({"status": "ok"})
+        body = error_body(503, "No node answers.", "unhealthy")
+        return JSONResponse(body, 503, {"Retry-After": "5"})
+
+    async def _models(self, request: Request) -> Response:
+        """The models of all nodes."""
+        data = [_model(name) for name in self.nodes.models()]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def _model(self, request: Request) -> Response:
+        """One of them, by its name."""
+        name = request.path_params["model"]
+        if name not in self.nodes.models():
+            raise ModelNotFoundError(f"No node serves the model {name!r:.200}.", field="model")
+        return JSONResponse(_model(name))
+
+    def _forwarder(self, path: str) -> Callable[[Request], Awaitable[Response]]:
+        async def forward(request: Request) -> Response:
+            return await self._forward(request, path)
+
+        return forward
+
+    async def _forward(self, request: Request, path: str) -> Response:
+        """A completion, by whatever node."""
+        body = await read_body(request)
+        data = parse_json(body)
+        model, stream = data.get("model"), data.get("stream") is True
+        if model is not None and not isinstance(model, str):
+            raise UserError("model must be text.", field="model")
+        async with AsyncExitStack() as stack:
+            ticket = stack.enter_context(self.admission.admit(caller(request), 1))
+            answer, work = await sse.until_gone(
+                request.receive, self._ask(path, body, model, stream, stack))
+            ticket.started(0)
+            if answer.chunks is None:
+                return Response(answer.body, answer.status, answer.headers)
+            return sse.EventStream(
+                answer.body, _passed_on(answer, work), stack.pop_all(),
+                media_type=answer.headers["content-type"])
+
+    async def _ask(
+        self, path: str, body: bytes, model: str | None, stream: bool, stack: AsyncExitStack
+    ) -> tuple[Answer, Work]:
+        """A node's answer: of the first that has one, or else the last one's refusal."""
+        tried: list[Node] = []
+        refusal: tuple[Answer, Work] | None = None
+        while len(tried) < MAX_ATTEMPTS and (node := self.nodes.choose(model, tried)) is not None:
+            tried.append(node)
+            async with AsyncExitStack() as attempt:
+                work = attempt.enter_context(self.nodes.working(node))
+                try:
+                    answer = await self._upstreams[node].post(path, body, stream, attempt)
+                except NodeError as error:
+                    self._mark_down(node, str(error))
+                    continue
+                if answer.status in (401, 403):
+                    self._mark_down(node, f"{node.url} does not accept the key it is sent.")
+                elif answer.status < 500 and answer.status not in TRY_ANOTHER:
+                    if answer.status == 200 and answer.chunks is None:
+                        work.done()
+                    stack.push_async_exit(attempt.pop_all())
+                    return answer, work
+                else:
+                    refusal = answer, work
+        if refusal is None:
+            raise RemoteError("No node could answer the request.", "Try again in a moment.")
+        return refusal
+
+
+def announcement(config: ServerConfig, admin_key: str, nodes: list[Node]) -> str:
+    """What the terminal shows.
+
+    Args:
+        config: with the clients' keys alone.
+    """
+    url = local_url(config)
+    answering = sum(node.healthy for node in nodes)
+    lines = [
+        f"LMDesk spreads requests over {answering} of {len(nodes)} nodes",
+        f"  API     {url}/v1",
+        f"  Admin   {admin_key}   (for {url}/nodes; clients may use it too)",
+    ]
+    if config.api_keys:
+        lines.append(f"  Key     {config.api_keys[0]}   (for clients)")
+    lines.append(f"  Tunnel  {tunnel_line(config)}   (on your own computer)")
+    lines += [f"  {node.url}: {node.detail}" for node in nodes if not node.healthy]
+    return "\n".join(lines)
+
+
+async def _passed_on(answer: Answer, work: Work) -> AsyncGenerator[bytes, None]:
+    """The rest of a stream, byte for byte. If it breaks off, the client is told by an event of its
+    own: it has seen a part of the reply, so that no other node can give it again."""
+    end = answer.body[-2:]
+    assert answer.chunks is not None
+    try:
+        async for chunk in answer.chunks:
+            end = (end + chunk)[-2:]
+            yield chunk
+    except NodeError as error:
+        log.warning("A reply broke off: %s", error)
+        told = RemoteError("The node that was answering was lost.", "Send the request again.")
+        yield (b"" if end == b"\n\n" else b"\n\n") + sse.event(describe(told)[1])
+    else:
+        work.done()
+
+
+def _describe(node: Node) -> dict[str, Any]:
+    """What /nodes/status tells of a node: LMDeploy's fields, and how it is. Never its key."""
+    return {
+        "models": list(node.models), "unfinished": node.unfinished, "speed": node.speed,
+        "latency": [round(seconds, 4) for _, seconds in node.latencies],
+        "healthy": node.healthy, "detail": node.detail,
+    }
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "lmdesk"}
