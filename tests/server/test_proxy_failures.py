@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from backend.server.proxy import upstream
+from backend.server.proxy import routes, upstream
 from tests.app_process import until
 from tests.server.proxy_support import (
     ADMIN,
@@ -45,6 +45,22 @@ def test_another_node_takes_over_before_the_first_token(pair, monkeypatch, answe
     assert reply.status_code == 200
     assert reply.content == EVENTS if stream else "fine" in reply.text
     assert len(asked(first)) == len(asked(second)) == 1
+
+
+@pytest.mark.parametrize("answer", [
+    send(200, "application/json", b"x" * 3000), send(413, "text/html", b"<html>"),
+    failure(403, "by a firewall"),
+], ids=range(3))
+def test_a_client_cannot_take_a_node_from_the_others(pair, monkeypatch, answer):
+    """An answer that its own request brought about does not count against the node."""
+    monkeypatch.setattr(upstream, "MAX_ANSWER_BYTES", 2000)
+    monkeypatch.setattr(routes, "CHECK_INTERVAL_SECONDS", 1000.0)
+    proxy, first, _ = pair
+    proxy.add(first.url)
+    proxy.prefer(first.url)
+    first.chat(answer)
+    assert proxy.ask().status_code == 200  # by the other
+    assert proxy.node(first.url).healthy
 
 
 def test_a_node_that_is_gone_is_left_alone_and_comes_back(proxy: RunningProxy):

@@ -24,7 +24,7 @@ from backend.server.limits import Admission, Limits
 from backend.server.listen import local_url, tunnel_line
 from backend.server.proxy.nodes import Node, Nodes, Work
 from backend.server.proxy.protocol import AddRequest, RemoveRequest
-from backend.server.proxy.upstream import Answer, NodeError, Upstream
+from backend.server.proxy.upstream import Answer, NodeError, NodeLostError, Upstream
 from backend.server.strict import parse
 
 log = logging.getLogger(__name__)
@@ -234,11 +234,14 @@ class Proxy:
                 work = attempt.enter_context(self.nodes.working(node))
                 try:
                     answer = await self._upstreams[node].post(path, body, stream, attempt)
-                except NodeError as error:
+                except NodeLostError as error:
                     self._mark_down(node, str(error))
                     continue
-                if answer.status in (401, 403):
-                    self._mark_down(node, f"{node.url} does not accept the key it is sent.")
+                except NodeError as error:
+                    log.warning("A request goes to another node: %s", error)
+                    continue
+                if answer.status in (401, 403):  # the proxy's key: none of the client's business
+                    log.warning("The node %s does not accept the key it is sent.", node.url)
                 elif answer.status < 500 and answer.status not in TRY_ANOTHER:
                     if answer.status == 200 and answer.chunks is None:
                         work.done()

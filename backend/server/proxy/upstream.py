@@ -26,6 +26,11 @@ class NodeError(RemoteError):
     """A node did not answer, or not as an api_server does."""
 
 
+class NodeLostError(NodeError):
+    """A node cannot be reached, or hung up: no request would fare better. Any other failure may
+    be this request's own doing, and says nothing about the next."""
+
+
 @dataclass
 class Answer:
     """What a node answered. A stream has `chunks`, the first of which is `body`; anything else is
@@ -107,9 +112,9 @@ class Upstream:
         if isinstance(error, NodeError):
             return error
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
-            return NodeError(f"Nothing answers at {self.url}.")
+            return NodeLostError(f"Nothing answers at {self.url}.")
         if isinstance(error, httpx2.TimeoutException):
             return NodeError(f"{self.url} has gone silent.")
         if isinstance(error, UserError):
             return NodeError(f"{self.url}: {error.message}")
-        return NodeError(f"The connection to {self.url} was lost.")
+        return NodeLostError(f"The connection to {self.url} was lost.")
