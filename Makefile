@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-gpu check bench docs clean
+.PHONY: run install test test-gpu check bench docs clean
 
 run: $(VENV)/.run
 	$(BIN)/python app.py $(MODEL)
@@ -36,10 +36,15 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+# The command lmdesk, in place of python app.py, from any folder.
+install: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+
 docs: $(VENV)/.run
 	$(BIN)/python -m backend.config > docs/configuration.md
 	$(BIN)/python -m backend.workspace.keys > docs/config_ini.md
 	$(BIN)/python -m backend.command_spelling > docs/commands/spelling.md
+	$(BIN)/python -c "import app, backend.command_docs as docs; docs.write(app.make_parser())"
 
 clean:
 	rm -rf $(VENV)

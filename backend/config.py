@@ -344,7 +344,7 @@ def add_arguments(
             common.update(type=kind, choices=f.metadata["choices"])
         else:
             common.update(type=kind, metavar=f.name.upper())
-        if f.default not in (None, MISSING, ()):
+        if f.default not in (None, MISSING, (), ""):
             text += f" (default: {f.default})"
         parser.add_argument(flag, help=text, **common)
 
