@@ -17,6 +17,7 @@ from backend.services import Services
 from ui import forms, theme
 from ui.chat_tab import ChatTab
 from ui.config_tab import ConfigTab
+from ui.guide_tab import GuideTab
 from ui.i18n import gradio_i18n, label, t
 from ui.status_bar import build_status_bar
 
@@ -43,6 +44,7 @@ class TabEntry(NamedTuple):
 
 
 TABS: tuple[TabEntry, ...] = (  # in the order in which they stand
+    TabEntry("guide", GuideTab),
     TabEntry("config", ConfigTab),
     TabEntry("chat", ChatTab, restful=True),
 )
