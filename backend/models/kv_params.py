@@ -4,9 +4,9 @@
      "layers.0.past_kv_scale.0.weight": [[k_scale, k_zero, v_scale, v_zero], ...], ...}
 
 An entry a layer and rank, a row a KV head of that rank; an element is q * scale + zero, q from 0 to
-255. The entries have the names of LMDeploy's files, which hold one row for all heads of a rank,
-and a zero that belongs to q = 128. JSON, because other engines take every .safetensors file in a
-model's folder for weights. A workspace has a file for each entry: see workspace_kv.
+255. The entries have the names of LMDeploy's files. JSON, because other engines take every
+.safetensors file in a model's folder for weights. A workspace has a file for each entry: see
+workspace_kv.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read_kv_params(
     Raises:
         UserError: the file is damaged or of another model.
     """
-    raw = _entries(folder)
+    raw = _entries(folder, config.num_kv_heads)
     if raw is None:
         return None
     path = stored_params(folder)
@@ -85,10 +85,10 @@ def stored_params(folder: str | os.PathLike[str]) -> str | None:
     return path if os.path.lexists(path) else None
 
 
-def _entries(folder: str) -> dict[str, Any] | None:
+def _entries(folder: str, num_kv_heads: int) -> dict[str, Any] | None:
     root = workspace_of(folder)
     if root is not None:
-        found = read_entries(root)
+        found = read_entries(root, num_kv_heads)
         return None if found is None else {"bits": BITS, **found}
     path = stored_params(folder)
     return None if path is None else read_json_object(path, MAX_BYTES)

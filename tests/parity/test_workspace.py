@@ -21,15 +21,12 @@ from backend.import_bin import import_model
 from backend.layers.methods.smoothquant import SmoothQuantMethod
 from backend.layers.parallel import ParallelContext
 from backend.models.checkpoint import read_checkpoint
-from backend.models.kv_params import read_kv_params, stored_params
 from backend.models.loader import check_model, load_model
-from backend.models.registry import read_model_config
 from backend.services import local_services
 from backend.tokenizer import Tokenizer, sampling_defaults
 from backend.workspace.convert import convert
 from backend.workspace.layout import CONFIG_INI, MANIFEST, STAMP, TOKENIZER, WEIGHTS, verify
 from backend.workspace.settings import engine_options
-from quantize.kv_qparams import write_kv_qparams
 from quantize.preflight import check_source
 from tests.family_layouts import FAMILIES as LAYOUTS, make_family
 from tests.parity.test_smoothquant import quantized
@@ -335,35 +332,3 @@ def test_another_tokenizer(source, what):
     assert Tokenizer.from_folder(workspace).token_to_id("<|other|>") is not None
     names = {entry.name for entry in (workspace / TOKENIZER).iterdir()}
     assert {"generation_config.json", "config.json"} <= names and "vocab.json" not in names
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_scales_of_the_kv_cache(source, tp):
-    """As `lite kv_qparams` writes them: a file a layer and rank, to be copied and deleted."""
-    workspace = convert("tiny", source, source.parent / "workspace", tp=tp)
-    generator = torch.Generator().manual_seed(1)
-    low = [-torch.rand(2, 16, generator=generator) for _ in range(2)]
-    ranges = [(part, part + 1) for part in low]
-    folder = workspace / WEIGHTS
-    assert write_kv_qparams(folder, ranges, ranges, num_tp=2) == folder
-    write_kv_qparams(source, ranges, ranges)
-    names = [f"layers.{layer}.past_kv_scale.{rank}.weight" for layer in (0, 1) for rank in (0, 1)]
-    assert sorted(path.name for path in folder.glob("*past_kv*")) == names
-    config = read_model_config(str(workspace))
-    for rank in range(tp):
-        parallel = ParallelContext(rank, tp)
-        found = read_kv_params(str(workspace), config, parallel)
-        assert torch.equal(found, read_kv_params(str(source), config, parallel))
-    verify(workspace)  # they are none of the manifest's
-    with pytest.raises(UserError, match="past_kv_scale.0.weight is there already"):
-        write_kv_qparams(workspace, ranges, ranges)
-    write_kv_qparams(workspace, ranges, ranges, overwrite=True)
-    assert sorted(path.name for path in folder.glob("*past_kv*")) == names[::2]
-    (folder / names[0]).write_bytes(b"\0" * 16)
-    with pytest.raises(UserError, match="is LMDeploy's"):
-        read_kv_params(str(workspace), config, ParallelContext())
-    (folder / names[0]).unlink()
-    with pytest.raises(UserError, match="does not fit this model"):
-        read_kv_params(str(workspace), config, ParallelContext())
-    (folder / names[2]).unlink()
-    assert stored_params(workspace) is None
