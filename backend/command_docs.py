@@ -1,8 +1,13 @@
-"""docs/commands: a page for each command, made of the parser by `make docs`."""
+"""docs/commands: a page for each command, made of the parser, in English and in Chinese.
+
+The Chinese of each text is in docs/commands/zh.json, by its English; a text that is not there stays
+English. `make docs` writes the pages.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +24,16 @@ Translate = Callable[[str], str]
 def pages(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Every page, by its file's name."""
     found = {}
+    chinese: dict[str, str] = json.loads((FOLDER / "zh.json").read_text(encoding="utf-8"))
+    languages: tuple[tuple[str, str, Translate], ...] = (
+        ("", "[中文]({}.zh.md)", lambda text: text),
+        (".zh", "[English]({}.md)", lambda text: chinese.get(text, text)),
+    )
     for name, command in subcommands(parser).items():
-        lines = [f"# {name}", "", LABELS[0], *_command(name, command, lambda text: text, 2)]
-        found[f"{name}.md"] = "\n".join(lines) + "\n"
+        for suffix, other, say in languages:
+            head = [f"# {name}", "", other.format(name), "", say(LABELS[0])]
+            lines = [*head, *_command(name, command, say, 2)]
+            found[f"{name}{suffix}.md"] = "\n".join(lines) + "\n"
     return found
 
 

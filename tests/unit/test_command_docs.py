@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tomllib
 from collections.abc import Iterator
 
@@ -24,6 +25,13 @@ def test_the_pages_are_made_of_the_parser() -> None:
     for name, text in command_docs.pages(app.make_parser()).items():
         page = command_docs.FOLDER / name
         assert page.is_file() and page.read_text(encoding="utf-8") == text, f"{name}: make docs"
+
+
+def test_nearly_every_text_has_its_chinese() -> None:
+    chinese = json.loads((command_docs.FOLDER / "zh.json").read_text(encoding="utf-8"))
+    texts = command_docs.texts(app.make_parser())
+    missing = texts - chinese.keys() - {""}
+    assert len(missing) < 0.15 * len(texts), missing  # a flag may be there a little sooner
 
 
 def test_every_command_and_every_argument_has_help() -> None:
