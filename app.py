@@ -168,8 +168,10 @@ async def serve(services: Services, server: ServerConfig, fixed_port: bool, with
         else:
             app = create_app(services.engines, server, docs_at_root=not with_page)
         if with_page:
+            from backend.history import open_history
             from ui.build import mount_page
 
+            services.history = open_history()
             app = mount_page(app, services, server.root_path)
         await serve_forever(app, sock, server, services, with_page)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from backend.chat import ChatBackend, ChatService
@@ -12,6 +12,7 @@ from backend.data_dir import data_dir, results_dir
 from backend.engine.launcher import Handle, ProcessHandle
 from backend.engine_manager import EngineManager, LoadRequest, open_chat
 from backend.errors import UserError
+from backend.history import History
 from backend.jobs import JobStore
 from backend.model_library import ModelLibrary
 from backend.remote import RemoteChat
@@ -28,6 +29,7 @@ class Services:
         default_url: in restful mode, of the api_server that the command line names.
         jobs: long tasks; None where there is no page that could start them.
         library: the models that a page may offer; None as with `jobs`.
+        history: the page's chats; in memory, until a page is served that keeps them on disk.
     """
 
     chat: ChatBackend
@@ -35,6 +37,7 @@ class Services:
     default_url: str = ""
     jobs: JobStore | None = None
     library: ModelLibrary | None = None
+    history: History = field(default_factory=History)
 
     @property
     def remote(self) -> bool:

@@ -6,7 +6,6 @@ wires them, `wire_load(page)` adds what happens when the page is opened. `TABS` 
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +18,7 @@ from ui.chat_tab import ChatTab
 from ui.config_tab import ConfigTab
 from ui.guide_tab import GuideTab
 from ui.i18n import gradio_i18n, label, t
+from ui.owner import OwnerCookie
 from ui.status_bar import build_status_bar
 
 
@@ -85,6 +85,8 @@ def mount_page(app: FastAPI, services: Services, root_path: str = "") -> FastAPI
     Args:
         root_path: prefix that a proxy in front of us adds, such as "/user/me/proxy/6006".
     """
+    instance = services.history.instance
+    app.add_middleware(OwnerCookie, instance=instance)
     return gr.mount_gradio_app(
         app,
         build_ui(services),
@@ -100,5 +102,5 @@ def mount_page(app: FastAPI, services: Services, root_path: str = "") -> FastAPI
         i18n=gradio_i18n(forms.help_texts()),
         theme=theme.theme(),
         css=theme.css(),
-        head=theme.head(instance=secrets.token_hex(4)),
+        head=theme.head(instance),
     )

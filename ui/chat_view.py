@@ -8,7 +8,8 @@ import re
 from typing import Any
 
 from backend.engine.types import EngineStats
-from ui.conversations import Conversation, Turn
+from backend.history import Turn
+from ui.conversations import Conversation
 from ui.i18n import t
 
 LATEX_DELIMITERS = [
@@ -20,9 +21,17 @@ NEARLY_FULL = 0.85  # of the context; from here on the meter warns
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """(thoughts, answer) of a reply that may begin with <think> ... </think>."""
-    match = re.match(r"\s*<think>(.*?)(?:</think>|\Z)(.*)", text, re.DOTALL)
-    return (match[1].strip(), match[2].strip()) if match else ("", text)
+    """(thoughts, answer) of a reply that may begin with <think> ... </think>.
+
+    Some templates begin the thoughts themselves, and the reply only ends them, on a line alone.
+    """
+    if match := re.match(r"\s*<think>", text):
+        thoughts, _, answer = text[match.end():].partition("</think>")
+        return thoughts.strip(), answer.strip()
+    match = re.search(r"^</think>[ \t]*$", text, re.MULTILINE)
+    if match and "<think>" not in text[:match.start()]:
+        return text[:match.start()].strip(), text[match.end():].strip()
+    return "", text
 
 
 def chat_messages(
@@ -59,13 +68,6 @@ def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def live_markdown(text: str) -> str:
-    """A reply in the making; thoughts as a quotation."""
-    thoughts, answer = split_reasoning(text)
-    quoted = "\n".join(f"> {line}" for line in thoughts.splitlines())
-    return f"{quoted}\n\n{answer}" if thoughts else answer
-
-
 def waiting_html(seconds: float, stats: EngineStats | None, locale: str) -> str:
     """What stands in for a reply until its first token; with the engine's queue, if there is."""
     text = t("chat.waiting", locale, seconds=f"{seconds:.1f}")
@@ -92,12 +94,25 @@ def stats_line(turn: Turn, locale: str) -> str:
 
 
 def stats_html(conversation: Conversation, locale: str) -> str:
-    """The lines of all turns as data, which the page's script writes under the replies.
+    """The lines of all turns as data, which the page's script writes under the replies, and which
+    version of its turn each reply is.
 
     Not inside the Chatbot's text: its copy button would copy them with the reply.
     """
-    lines = [stats_line(turn, locale) for turn in conversation.turns]
-    return f'<div data-lines="{html.escape(json.dumps(lines, ensure_ascii=False))}"></div>'
+    lines, versions = [], []
+    for number, turn in enumerate(conversation.turns):
+        line = stats_line(turn, locale)
+        if number < conversation.dropped:
+            line = f"{t('stats.dropped', locale)} · {line}"
+        lines.append(line)
+        ids = turn.versions if turn.id in turn.versions else []
+        versions.append({"ids": ids, "at": ids.index(turn.id) if ids else 0})
+    return f'<div data-lines="{_json(lines)}" data-versions="{_json(versions)}"></div>'
+
+
+def _json(value: Any) -> str:
+    """JSON for an attribute."""
+    return html.escape(json.dumps(value, ensure_ascii=False))
 
 
 def meter_html(tokens: int | None, limit: int | None, locale: str) -> str:

@@ -1,135 +1,220 @@
-"""The page's conversations, kept in the server's memory so that a reload shows them again.
+"""The page's conversations: the history's, and the replies that are being written to them.
 
-A browser tab holds only a random id (see `conversationId` in assets/ui/page.js): turns are not
-uploaded again with each message, and other servers seen through the same tunnel port cannot read
-them out of the browser's storage.
+A browser tab holds only a random id (`conversationId` in assets/ui/chat.js). What is finished is
+in the history and read from there each time; only a conversation with a reply in the making, or
+with turns that could not be saved, is held here.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
-from backend.chat import ChatBackend, Message, ReplyStats
+from backend.chat import Message
 from backend.errors import UserError
+from backend.history import History, StoredChat, Turn, title_of
 from ui.i18n import t
 from ui.live_reply import LiveReply
 
-
-@dataclass(slots=True)
-class Turn:
-    """A finished exchange. `finish_reason` is the engine's, or "stopped" or "failed"."""
-
-    user: str
-    reply: str
-    finish_reason: str
-    stats: ReplyStats | None = None
+GRACE_S = 30.0  # a reply goes on for so long without anybody looking
+MAX_UNSAVED = 1000  # conversations
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pending:
-    """A reply being written to `user`; it will stand after the first `keep` turns."""
+    """A reply being written to `user`; it will stand after the first `keep` turns.
+
+    Attributes:
+        settled: the reply has ended, and is a turn if anything came.
+        trouble: why the turn could not be saved, once settled.
+    """
 
     user: str
     keep: int
     live: LiveReply
+    viewers: int = 0
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    trouble: UserError | None = None
+    ending: asyncio.Task[None] | None = None  # sees the reply to its end
+    leaving: asyncio.Task[None] | None = None  # ends it, unless somebody comes back
+
+    @property
+    def lost(self) -> bool:
+        """Whether nothing came, so that there is no turn."""
+        return not self.live.text and not self.live.finish_reason
 
 
-@dataclass(slots=True)
-class Conversation:
+@dataclass(slots=True, eq=False)
+class Conversation(StoredChat):
     """What one browser tab talks about."""
 
-    turns: list[Turn] = field(default_factory=list)
-    system_prompt: str = ""
-    sampling: dict[str, Any] = field(default_factory=dict)  # as last sent, for a reload
+    owner: str = ""
+    id: str = ""
     pending: Pending | None = None
-    remote: tuple[tuple[str, str], ChatBackend] | None = None  # restful mode: (URL, key), client
 
     @property
     def busy(self) -> bool:
         return self.pending is not None
 
     @property
-    def size(self) -> int:
-        """Characters held."""
-        turns = sum(len(turn.user) + len(turn.reply) for turn in self.turns)
-        return len(self.system_prompt) + turns
+    def saved(self) -> bool:
+        return all(turn.id is not None for turn in self.turns)
 
-    def messages(self, keep: int | None = None, user: str | None = None) -> list[Message]:
-        """For the model: system prompt, the first `keep` turns (all of them), then `user`."""
+    def messages(
+        self, keep: int | None = None, user: str | None = None, dropped: int | None = None
+    ) -> list[Message]:
+        """For the model: system prompt, the first `keep` turns (all of them), then `user`.
+
+        Args:
+            dropped: turns left out at the beginning; by default those that the user dropped.
+        """
         messages: list[Message] = []
         if self.system_prompt.strip():
             messages.append({"role": "system", "content": self.system_prompt})
-        for turn in self.turns[:keep]:
+        for turn in self.turns[self.dropped if dropped is None else dropped:keep]:
             messages.append({"role": "user", "content": turn.user})
             messages.append({"role": "assistant", "content": turn.reply})
         if user is not None:
             messages.append({"role": "user", "content": user})
         return messages
 
-    def settle(self, pending: Pending) -> None:
-        """Make a pending reply a turn with what has come; without any text, forget it.
-
-        Whoever sees the reply end first calls this: the event that shows it, or the reload of a
-        page that went away in the middle. For who comes second there is nothing left to do.
-        """
-        if self.pending is not pending:
-            return
-        self.pending = None
-        live = pending.live
-        live.stop()
-        if live.text or live.finish_reason:
-            reason = live.finish_reason or ("stopped" if live.stopped else "failed")
-            turn = Turn(pending.user, live.text, reason, live.stats)
-            self.turns = [*self.turns[:pending.keep], turn]
-
-    async def stop(self) -> None:
-        """End a reply that is being written and keep what has come."""
-        pending = self.pending
-        if pending is not None:
-            pending.live.stop()
-            await pending.live.wait(1.0)
-            self.settle(pending)
-
 
 class ConversationStore:
-    """Conversations by id; the least recently used go first when a cap is reached.
+    """Conversations by owner and id. Belongs to one event loop.
 
     Args:
-        max_conversations: how many are kept.
-        max_characters: of all of them together. Whole conversations go, none is cut.
+        sleep: waits for seconds; tests give their own.
     """
 
-    def __init__(self, max_conversations: int = 1000, max_characters: int = 64_000_000) -> None:
-        self.max_conversations = max_conversations
-        self.max_characters = max_characters
-        self._conversations: OrderedDict[str, Conversation] = OrderedDict()
+    def __init__(
+        self,
+        history: History,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.history = history
+        self._sleep = sleep
+        self._held: dict[tuple[str, str], Conversation] = {}
 
-    def __len__(self) -> int:
-        return len(self._conversations)
-
-    def open(self, conversation_id: str) -> Conversation:
-        """The conversation of that id, a new one if there is none (or no longer).
+    async def open(self, owner: str, chat_id: str) -> Conversation:
+        """The owner's conversation of that id, a new one if there is none.
 
         Raises:
-            UserError: not an id as the page makes them.
+            UserError: not an id as the page makes them, or the history cannot be read.
         """
-        if not re.fullmatch(r"[0-9a-f]{32}", conversation_id or ""):
+        if not re.fullmatch(r"[0-9a-f]{32}", chat_id or ""):
             raise UserError(t("error.no_conversation"))
-        conversation = self._conversations.setdefault(conversation_id, Conversation())
-        self._conversations.move_to_end(conversation_id)
-        if len(self) > self.max_conversations:  # pages that are opened and never asked anything
-            self.trim()
-        return conversation
+        key = (owner, chat_id)
+        if key not in self._held:
+            stored = await asyncio.to_thread(self.history.open, owner, chat_id) or StoredChat()
+            if key not in self._held:  # a reply may have begun meanwhile
+                return Conversation(stored.title, stored.system_prompt, stored.sampling,
+                                    stored.dropped, stored.turns, owner, chat_id)
+        return self._held[key]
 
-    def trim(self) -> None:
-        """Forget the least recently used conversations beyond the caps; call after each turn."""
-        size = sum(c.size for c in self._conversations.values())
-        for key, conversation in list(self._conversations.items())[:-1]:  # the newest stays
-            if len(self) <= self.max_conversations and size <= self.max_characters:
-                return
-            if not conversation.busy:
-                size -= conversation.size
-                del self._conversations[key]
+    # Replies
+
+    def begin(self, conversation: Conversation, user: str, keep: int, live: LiveReply) -> Pending:
+        """Hold the conversation until its reply `live` has ended and is saved, looked at or not.
+
+        The caller has made sure that the conversation is not `busy`, and not awaited since.
+        """
+        pending = conversation.pending = Pending(user, keep, live)
+        self._held[conversation.owner, conversation.id] = conversation
+        pending.ending = asyncio.create_task(self._see_to_end(conversation, pending))
+        return pending
+
+    def is_busy(self, conversation: Conversation) -> bool:
+        """Whether a reply is being written to it, be it from another tab."""
+        held = self._held.get((conversation.owner, conversation.id))
+        return conversation.busy or held is not None and held.busy
+
+    @contextmanager
+    def watching(self, pending: Pending) -> Iterator[None]:
+        """While somebody looks at a reply it goes on; when nobody does, for the time of grace."""
+        pending.viewers += 1
+        if pending.leaving:
+            pending.leaving.cancel()
+        try:
+            yield
+        finally:
+            pending.viewers -= 1
+            if not pending.viewers and not pending.live.done:
+                pending.leaving = asyncio.create_task(self._abandon(pending))
+
+    async def stop(self, conversation: Conversation) -> None:
+        """End the reply that is being written, and keep what has come."""
+        if conversation.pending:
+            conversation.pending.live.stop()
+            await conversation.pending.settled.wait()
+
+    async def _abandon(self, pending: Pending) -> None:
+        await self._sleep(GRACE_S)
+        pending.live.stop()
+
+    async def _see_to_end(self, conversation: Conversation, pending: Pending) -> None:
+        live = pending.live
+        await live.wait()
+        if pending.leaving:
+            pending.leaving.cancel()
+        try:
+            if not pending.lost:
+                reason = live.finish_reason or ("stopped" if live.stopped else "failed")
+                turn = Turn(pending.user, live.text, reason, live.stats)
+                conversation.turns = [*conversation.turns[:pending.keep], turn]
+                conversation.dropped = min(conversation.dropped, pending.keep)
+                conversation.title = conversation.title or title_of(conversation.turns[0].user)
+                await self.save(conversation)
+        except UserError as error:
+            pending.trouble = error
+        finally:
+            conversation.pending = None
+            self._release(conversation)
+            pending.settled.set()
+
+    async def save(self, conversation: Conversation) -> None:
+        """Write the turns that are not in the history yet.
+
+        Raises:
+            UserError: they cannot be saved; they are held, and saved with the next one.
+        """
+        parent: int | None = None
+        for turn in conversation.turns:
+            if turn.id is None:
+                turn.id = await asyncio.to_thread(
+                    self.history.add_turn, conversation.owner, conversation.id, parent, turn,
+                    conversation)
+            parent = turn.id
+
+    def _release(self, conversation: Conversation) -> None:
+        if conversation.saved:
+            self._held.pop((conversation.owner, conversation.id), None)
+        unsaved = [key for key, held in self._held.items() if not held.busy]
+        for key in unsaved[:-MAX_UNSAVED]:
+            del self._held[key]
+
+    # Changes to a conversation at rest
+
+    async def undo(self, conversation: Conversation) -> str:
+        """Take the last turn out of view; returns its user's message, "" if there is none."""
+        if not conversation.turns:
+            return ""
+        *turns, undone = conversation.turns
+        last = turns[-1].id if turns else None
+        await asyncio.to_thread(self.history.show, conversation.owner, conversation.id, last)
+        conversation.turns = turns
+        self._release(conversation)
+        return undone.user
+
+    async def drop(self, conversation: Conversation, dropped: int) -> None:
+        """Leave the first `dropped` turns out of what the model gets."""
+        conversation.dropped = dropped
+        await asyncio.to_thread(
+            self.history.drop_turns, conversation.owner, conversation.id, dropped)
+
+    async def delete(self, conversation: Conversation) -> None:
+        await self.stop(conversation)
+        await asyncio.to_thread(self.history.delete, conversation.owner, conversation.id)
+        self._held.pop((conversation.owner, conversation.id), None)

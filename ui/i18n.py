@@ -18,6 +18,7 @@ from gradio.i18n import I18nData
 
 LOCALES = Path(__file__).resolve().parent.parent / "assets" / "locales"
 DEFAULT_LOCALE = "en"
+LANGUAGE_COOKIE = "lmdesk_language"
 SCRIPT_PREFIX = "script."  # keys that assets/ui/page.js draws
 
 
@@ -54,7 +55,11 @@ def t(key: str, locale: str = DEFAULT_LOCALE, **values: Any) -> str:
 
 
 def locale_of(request: gr.Request | None) -> str:
-    """The best of our locales for a browser, from its Accept-Language header."""
+    """The best of our locales for a browser: what was chosen on the page (see page.js), else by
+    its Accept-Language header."""
+    chosen = request.cookies.get(LANGUAGE_COOKIE, "") if request else ""
+    if chosen in catalogs():
+        return chosen
     header = request.headers.get("accept-language", "") if request else ""
     for wish in header.split(","):
         language = wish.split(";")[0].strip().lower()

@@ -8,6 +8,7 @@ queue, in prefill, in the middle of a word).
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from contextlib import aclosing
 
@@ -21,7 +22,8 @@ class LiveReply:
     Attributes:
         text: what has come so far.
         finish_reason, stats: of the last delta, None until then and after a stop.
-        stopped: someone pressed Stop, or the page went away.
+        started: by time.monotonic().
+        stopped: someone pressed Stop, or nobody looked any more.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class LiveReply:
         self.finish_reason: str | None = None
         self.stats: ReplyStats | None = None
         self.stopped = False
+        self.started = time.monotonic()
         self._task = asyncio.create_task(self._collect(backend, messages, sampling, model))
 
     async def _collect(
@@ -61,8 +64,8 @@ class LiveReply:
             self.stopped = True
             self._task.cancel()
 
-    async def wait(self, seconds: float) -> None:
-        """Return when the reply is finished, at the latest after `seconds`."""
+    async def wait(self, seconds: float | None = None) -> None:
+        """Return when the reply is finished, at the latest after `seconds`, if any."""
         await asyncio.wait({self._task}, timeout=seconds)
 
     def error(self) -> BaseException | None:

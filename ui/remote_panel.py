@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import OrderedDict
 from html import escape
 from typing import Any
 
@@ -12,17 +13,19 @@ import gradio as gr
 from backend.chat import ChatBackend
 from backend.errors import UserError
 from backend.services import Services
-from ui.conversations import Conversation
 from ui.i18n import label, locale_of, t
+
+MAX_CLIENTS = 100
 
 logger = logging.getLogger(__name__)
 
 
 class RemotePanel:
-    """URL, key and model fields. The key lives in the server's memory only, with its chat."""
+    """URL, key and model fields. The key lives in the server's memory only."""
 
     def __init__(self, services: Services) -> None:
         self.services = services
+        self._clients: OrderedDict[tuple[str, str], ChatBackend] = OrderedDict()
         with gr.Group(elem_id="remote"):
             self.url = gr.Textbox(
                 services.default_url, label=label("remote.url"), elem_id="remote-url")
@@ -64,12 +67,19 @@ class RemotePanel:
             return gr.update(choices=[], value=None)
         return gr.update(choices=names, value=names[0] if names else None)
 
-    def backend(self, conversation: Conversation, form: dict[Any, Any]) -> ChatBackend:
-        """The client for the form's URL and key; kept with the conversation while they stay."""
+    def backend(self, form: dict[Any, Any]) -> ChatBackend:
+        """The client for the form's URL and key; kept, for it learns what its server can do.
+
+        Raises:
+            UserError: the URL is none, or not one of this page's.
+        """
         target = (form[self.url] or "", form[self.api_key] or "")
-        if conversation.remote is None or conversation.remote[0] != target:
-            conversation.remote = (target, self._client(*target))
-        return conversation.remote[1]
+        if target not in self._clients:
+            self._clients[target] = self._client(*target)
+        self._clients.move_to_end(target)
+        if len(self._clients) > MAX_CLIENTS:
+            self._clients.popitem(last=False)
+        return self._clients[target]
 
     def model(self, form: dict[Any, Any]) -> str | None:
         return form[self.models] or None

@@ -20,6 +20,7 @@ TEMPLATE = """
     <span class="lmd-gauge" data-status="kv"></span>
     <span class="lmd-gauge" data-status="memory"></span>
   </span>
+  <select class="lmd-language"></select>
 </header>
 """
 

@@ -1,16 +1,28 @@
-// The page's own script: conversation id, status bar, stats under replies, scrolling, Esc.
+// The page's own script: language and status bar; chat.js has the chat's.
 // Settings and texts come from window.LMDESK, written by ui/theme.py.
 (() => {
   "use strict";
   const desk = window.LMDESK;
   const POLL_MS = 2000;
 
+  // The language that was chosen goes before the browser's; Gradio, too, asks `navigator` for it,
+  // and the server (ui/i18n.py) reads the cookie.
+  const LANGUAGE = "lmdesk_language";
+  const chosen = document.cookie.split("; ").find((c) => c.startsWith(`${LANGUAGE}=`))
+    ?.slice(LANGUAGE.length + 1);
+  if (chosen && desk.messages[chosen]) {
+    Object.defineProperty(navigator, "language", { get: () => chosen });
+    Object.defineProperty(navigator, "languages", { get: () => [chosen] });
+  }
+
+  let locale = desk.fallback;
   const texts = (() => {
     const wishes = (navigator.languages || [navigator.language]).map((l) => l.toLowerCase());
     for (const wish of wishes) {
-      for (const locale of Object.keys(desk.messages)) {
-        if (locale.toLowerCase() === wish || locale.split("-")[0] === wish.split("-")[0]) {
-          return { ...desk.messages[desk.fallback], ...desk.messages[locale] };
+      for (const name of Object.keys(desk.messages)) {
+        if (name.toLowerCase() === wish || name.split("-")[0] === wish.split("-")[0]) {
+          locale = name;
+          return { ...desk.messages[desk.fallback], ...desk.messages[name] };
         }
       }
     }
@@ -18,17 +30,21 @@
   })();
   const text = (key, values = {}) =>
     (texts[key] || key).replace(/\{(\w+)\}/g, (_, name) => values[name]);
+  desk.text = text;
+  document.documentElement.lang = locale;
 
-  // One conversation per browser tab; sessionStorage survives a reload, and is not shared.
-  desk.conversationId = () => {
-    const key = `lmdesk.${desk.instance}.conversation`;
-    let id = sessionStorage.getItem(key);
-    if (!id) {
-      const bytes = crypto.getRandomValues(new Uint8Array(16));
-      id = Array.from(bytes, (b) => b.toString(16).padStart(2, "0")).join("");
-      sessionStorage.setItem(key, id);
+  const fillLanguages = () => {
+    const select = document.querySelector("#status-bar .lmd-language");
+    if (!select || select.options.length) return;
+    for (const name of Object.keys(desk.messages)) {
+      const words = new Intl.DisplayNames([name], { type: "language" }).of(name.split("-")[0]);
+      select.add(new Option(words, name, name === locale, name === locale));
     }
-    return id;
+    select.setAttribute("aria-label", text("language"));
+    select.addEventListener("change", () => {
+      document.cookie = `${LANGUAGE}=${select.value}; path=/; max-age=31536000; samesite=lax`;
+      location.reload();
+    });
   };
 
   // Status bar
@@ -106,42 +122,11 @@
   setInterval(poll, POLL_MS);
   document.addEventListener("visibilitychange", poll);
 
-  // Chat
-
-  // The lines are CSS content of the reply's row: Gradio owns the elements, we only mark them.
-  const writeStats = () => {
-    const data = document.querySelector("#turn-stats [data-lines]");
-    const lines = data ? JSON.parse(data.dataset.lines) : [];
-    document.querySelectorAll("#chat .message-row.bot-row").forEach((row, i) => {
-      const line = lines[i] || "";
-      if (row.dataset.stats !== line) row.dataset.stats = line;
-    });
-  };
-
-  let follow = true; // the thread's end is in sight, keep it there
-  const watchThread = (thread) => {
-    thread.addEventListener("scroll", () => {
-      follow = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 80;
-    });
-    new MutationObserver(() => {
-      writeStats();
-      if (follow) thread.scrollTop = thread.scrollHeight;
-    }).observe(thread, { childList: true, subtree: true, characterData: true, attributes: true,
-      attributeFilter: ["data-lines"] });
-    writeStats();
-  };
-
-  document.addEventListener("keydown", (event) => {
-    const stop = document.querySelector("button#stop");
-    if (event.key === "Escape" && stop && stop.offsetParent !== null) stop.click();
-  });
-
   const started = setInterval(() => {
-    const thread = document.querySelector("#thread");
     const bar = document.querySelector("#status-bar .lmd-bar");
-    if (!thread || !bar) return;
+    if (!bar) return;
     clearInterval(started);
-    watchThread(thread);
+    fillLanguages();
     poll();
   }, 100);
 })();

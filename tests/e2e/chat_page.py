@@ -72,8 +72,23 @@ class ChatPage:
     def stop(self) -> None:
         self.page.locator("button#stop").click()
 
-    def clear(self) -> None:
-        self.page.locator("button#clear").click()
+    def new_chat(self) -> None:
+        self.page.locator("button#new-chat").click()
+        expect(self.page.locator("#chat .user-row")).to_have_count(0)
+
+    def chats(self) -> list[str]:
+        """Titles in the list of chats."""
+        return [choice.inner_text().strip()
+                for choice in self.page.locator("#chat-choices label").all()]
+
+    def open_chat(self, title: str) -> None:
+        """Open a chat from the list."""
+        self.page.locator("#chat-choices label").filter(has_text=title).click()
+        expect(self.title).to_have_value(title)
+
+    @property
+    def title(self) -> Locator:
+        return self.page.locator("#chat-title input, #chat-title textarea")
 
     def retry(self) -> None:
         self.page.locator('#chat button[aria-label="Retry"]').click()
@@ -101,7 +116,7 @@ class ChatPage:
     def turns(self) -> list[tuple[str, str]]:
         """(user's message, reply) of the finished turns, as plain text."""
         def texts(role: str) -> list[str]:
-            rows = self.page.locator(f"#chat .{role}-row").all()
+            rows = self.page.locator(f"#chat .{role}-row .flex-wrap").all()
             return [row.inner_text().strip() for row in rows]
         return list(zip(texts("user"), texts("bot"), strict=False))
 

@@ -13,6 +13,7 @@ from backend.errors import EngineDeadError, EngineNotReadyError
 from backend.services import Services
 from tests.e2e.chat_page import ChatPage
 from tests.e2e.fake_chat import FakeChat, Script, serve
+from ui import conversations
 
 Open = Callable[..., ChatPage]
 
@@ -105,17 +106,37 @@ def test_reload_shows_finished_turns_and_settings(chat: ChatPage, model: FakeCha
     assert model.sampling[-1].max_tokens == 512
 
 
-def test_reload_in_the_middle_keeps_the_half_reply(chat: ChatPage, model: FakeChat) -> None:
-    model.scripts["half"] = Script(["half a reply", " never"], hold_at=1)
+def test_reload_in_the_middle_finds_the_reply_still_growing(
+    chat: ChatPage, model: FakeChat
+) -> None:
+    script = model.scripts["half"] = Script(["half a reply", " and the rest"], hold_at=1)
     chat.send("half")
     expect(chat.live).to_contain_text("half a reply")
     chat.reload()
-    assert chat.turns() == [("half", "half a reply")]
-    assert chat.stats() == ["stopped"]
-    assert "half" in model.aborted
+    expect(chat.live).to_contain_text("half a reply")
+    expect(chat.page.locator("#chat .user-row")).to_have_text("half")
+    script.go.set()
+    assert chat.wait_reply(1) == "half a reply and the rest"
+    assert "complete" in chat.stats()[0] and "half" not in model.aborted
+    chat.send("next")
+    chat.wait_reply(2)
 
 
-def test_a_closed_tab_aborts_its_request(new_page: Open, url: str, model: FakeChat) -> None:
+def test_a_reply_found_again_can_be_stopped(chat: ChatPage, model: FakeChat) -> None:
+    model.scripts["found"] = Script(["beginning", " never"], hold_at=1)
+    chat.send("found")
+    expect(chat.live).to_contain_text("beginning")
+    chat.reload()
+    expect(chat.page.locator("button#stop")).to_be_visible()
+    chat.page.keyboard.press("Escape")
+    assert chat.wait_reply(1) == "beginning"
+    assert chat.stats() == ["stopped"] and "found" in model.aborted
+
+
+def test_a_closed_tab_frees_the_engine_after_the_grace(
+    new_page: Open, url: str, model: FakeChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversations, "GRACE_S", 0.5)
     model.scripts["abandoned"] = Script(["never"], hold_at=0)
     page = new_page(url)
     page.send("abandoned")
@@ -124,7 +145,7 @@ def test_a_closed_tab_aborts_its_request(new_page: Open, url: str, model: FakeCh
     until(lambda: "abandoned" in model.aborted, "the request of the closed tab goes on")
 
 
-def test_retry_edit_undo_clear(chat: ChatPage, model: FakeChat) -> None:
+def test_retry_edit_undo_new_chat(chat: ChatPage, model: FakeChat) -> None:
     model.scripts["dice"] = Script(["one"])
     chat.send("dice")
     assert chat.wait_reply(1) == "one"
@@ -146,9 +167,8 @@ def test_retry_edit_undo_clear(chat: ChatPage, model: FakeChat) -> None:
     assert chat.turns() == []
     chat.box.press("Enter")
     chat.wait_reply(1)
-    chat.clear()
-    expect(chat.page.locator("#chat .bot-row")).to_have_count(0)
-    assert chat.context_tokens() == 0
+    chat.new_chat()
+    expect(chat.page.locator("#meter")).to_contain_text("0 / 200")
     chat.reload()
     assert chat.turns() == []
 
@@ -266,7 +286,7 @@ def test_phone_screen(new_page: Open, url: str) -> None:
     page = new_page(url, viewport={"width": 390, "height": 844}, has_touch=True)
     page.send("A message that is long enough to need more than one line on a phone's screen")
     page.wait_reply(1)
-    for name in ("Send", "Clear"):
+    for name in ("Send", "Chats"):
         expect(page.page.get_by_role("button", name=name, exact=True)).to_be_in_viewport()
     assert page.page.evaluate("document.documentElement.scrollWidth") == 390
     page.set_sampling("temperature", "0.2")  # the settings are below the chat
@@ -275,9 +295,8 @@ def test_phone_screen(new_page: Open, url: str) -> None:
 
 def test_keyboard_alone_is_enough(chat: ChatPage) -> None:
     chat.page.keyboard.type("typed at once")  # the message box has the focus
-    for name in ("Clear", "Send"):
-        chat.page.keyboard.press("Tab")
-        expect(chat.page.get_by_role("button", name=name, exact=True)).to_be_focused()
+    chat.page.keyboard.press("Tab")
+    expect(chat.page.get_by_role("button", name="Send", exact=True)).to_be_focused()
     chat.page.keyboard.press("Enter")
     chat.wait_reply(1)
 

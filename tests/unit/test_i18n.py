@@ -101,7 +101,7 @@ def test_translations_fit_the_english_texts(locale: str) -> None:
 
 
 def request(accept_language: str) -> SimpleNamespace:
-    return SimpleNamespace(headers={"accept-language": accept_language})
+    return SimpleNamespace(headers={"accept-language": accept_language}, cookies={})
 
 
 @pytest.mark.parametrize(("header", "locale"), [

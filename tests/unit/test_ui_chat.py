@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import pytest
 from backend.chat import Delta, ReplyStats
 from backend.config import SamplingParams
 from backend.errors import UserError
-from ui import chat_view, forms
-from ui.conversations import Conversation, ConversationStore, Pending, Turn
+from backend.history import History, Turn
+from ui import chat_view, conversations, forms
+from ui.context_notice import turns_to_drop
+from ui.conversations import Conversation, ConversationStore, Pending
 from ui.live_reply import LiveReply
 
 
@@ -39,132 +42,236 @@ class Backend:
             self.events.append("closed")
 
 
-def begin(conversation: Conversation, backend: Backend, user: str, keep: int) -> Pending:
+ANNA, BERT = "browser:anna", "browser:bert"
+CHAT = "a" * 32
+
+
+class Clock:
+    """A sleep that ends when the test says that the time is over."""
+
+    def __init__(self) -> None:
+        self.asked: list[float] = []
+        self.over = asyncio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        self.asked.append(seconds)
+        await self.over.wait()
+
+
+def begin(
+    store: ConversationStore, conversation: Conversation, backend: Backend, user: str, keep: int
+) -> Pending:
     live = LiveReply(backend, conversation.messages(keep, user), SamplingParams(), None)
-    conversation.pending = Pending(user, keep, live)
-    return conversation.pending
+    return store.begin(conversation, user, keep, live)
+
+
+async def talk(store: ConversationStore, *users: str, owner: str = ANNA) -> Conversation:
+    """A chat with replies to these messages."""
+    for keep, user in enumerate(users):
+        pending = begin(store, await store.open(owner, CHAT), Backend([f"re {user}"]), user, keep)
+        await pending.settled.wait()
+    return await store.open(owner, CHAT)
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 10))
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0)
 
 
 def test_finished_reply_becomes_a_turn() -> None:
     async def test() -> None:
-        conversation = Conversation()
-        pending = begin(conversation, Backend(["a", "b"]), "hi", 0)
-        live = pending.live
-        await live.wait(5)
-        assert live.done and live.error() is None
-        conversation.settle(pending)
-        conversation.settle(pending)  # whoever comes second changes nothing
+        store = ConversationStore(History())
+        conversation = await store.open(ANNA, CHAT)
+        pending = begin(store, conversation, Backend(["a", "b"]), "hi", 0)
+        assert conversation.busy and await store.open(ANNA, CHAT) is conversation
+        await pending.settled.wait()
+        assert pending.live.error() is None and not conversation.busy
         assert conversation.turns == [Turn("hi", "ab", "stop", ReplyStats(3, 2))]
-        assert not conversation.busy
-
-        later = begin(conversation, Backend([], hangs=True), "more", 1)
-        conversation.settle(pending)  # nor may the end of an old reply end a new one
-        assert conversation.pending is later
-        await conversation.stop()
+        again = await store.open(ANNA, CHAT)  # nothing is held: it comes from the history
+        assert again is not conversation and again.turns == conversation.turns
+        assert again.title == "hi"
+        assert (await store.open(BERT, CHAT)).turns == []
     run(test)
 
 
 def test_stop_closes_the_stream_and_keeps_what_came() -> None:
     async def test() -> None:
-        conversation = Conversation([Turn("old", "reply", "stop")])
+        store = ConversationStore(History())
+        conversation = await talk(store, "old")
         backend = Backend(["half"], hangs=True)
-        pending = begin(conversation, backend, "hi", 1)
-        live = pending.live
-        while not live.text:
-            await asyncio.sleep(0)
-        await conversation.stop()
+        pending = begin(store, conversation, backend, "hi", 1)
+        await until(lambda: bool(pending.live.text))
+        await store.stop(conversation)
         assert backend.events == ["closed"]
-        assert live.error() is None
-        assert [t.finish_reason for t in conversation.turns] == ["stop", "stopped"]
+        assert pending.live.error() is None
+        stored = (await store.open(ANNA, CHAT)).turns
+        assert [t.finish_reason for t in stored] == ["stop", "stopped"]
+        await store.stop(conversation)  # of a chat at rest: nothing
     run(test)
 
 
 def test_a_retry_that_brings_nothing_keeps_the_old_reply() -> None:
     async def test() -> None:
-        conversation = Conversation([Turn("q", "old reply", "stop")])
-        pending = begin(conversation, Backend([], error=UserError("No.")), "q", 0)
-        live = pending.live
-        await live.wait(5)
-        assert isinstance(live.error(), UserError)
-        conversation.settle(pending)
-        assert [t.reply for t in conversation.turns] == ["old reply"]
+        store = ConversationStore(History())
+        conversation = await talk(store, "q")
+        pending = begin(store, conversation, Backend([], error=UserError("No.")), "q", 0)
+        await pending.settled.wait()
+        assert isinstance(pending.live.error(), UserError) and pending.lost
+        assert [t.reply for t in (await store.open(ANNA, CHAT)).turns] == ["re q"]
     run(test)
 
 
-def test_an_edit_drops_what_came_after() -> None:
+def test_an_edit_takes_what_came_after_out_of_view() -> None:
     async def test() -> None:
-        conversation = Conversation([Turn("1", "a", "stop"), Turn("2", "b", "stop")])
-        pending = begin(conversation, Backend(["new"]), "1!", 0)
-        live = pending.live
-        await live.wait(5)
-        conversation.settle(pending)
-        assert [(t.user, t.reply) for t in conversation.turns] == [("1!", "new")]
+        store = ConversationStore(History())
+        conversation = await talk(store, "1", "2")
+        await begin(store, conversation, Backend(["new"]), "1!", 0).settled.wait()
+        edited = await store.open(ANNA, CHAT)
+        assert [(t.user, t.reply) for t in edited.turns] == [("1!", "new")]
+        old, new = edited.turns[0].versions
+        assert new == edited.turns[0].id
+        store.history.show(ANNA, CHAT, old, newest=True)
+        assert [t.user for t in (await store.open(ANNA, CHAT)).turns] == ["1", "2"]
     run(test)
 
 
 def test_an_error_after_text_is_marked() -> None:
     async def test() -> None:
-        conversation = Conversation()
-        pending = begin(conversation, Backend(["some"], error=RuntimeError("x")), "q", 0)
-        live = pending.live
-        await live.wait(5)
-        conversation.settle(pending)
+        store = ConversationStore(History())
+        conversation = await store.open(ANNA, CHAT)
+        pending = begin(store, conversation, Backend(["some"], error=RuntimeError("x")), "q", 0)
+        await pending.settled.wait()
         assert conversation.turns[0].finish_reason == "failed"
-        assert isinstance(live.error(), RuntimeError)
+        assert isinstance(pending.live.error(), RuntimeError)
+    run(test)
+
+
+def test_a_reply_ends_when_nobody_came_back_in_time() -> None:
+    async def test() -> None:
+        clock = Clock()
+        store = ConversationStore(History(), clock.sleep)
+        backend = Backend(["half"], hangs=True)
+        pending = begin(store, await store.open(ANNA, CHAT), backend, "q", 0)
+        with store.watching(pending):
+            await until(lambda: bool(pending.live.text))
+        await until(lambda: clock.asked == [conversations.GRACE_S])
+        assert not pending.live.done  # it goes on, unseen
+        clock.over.set()
+        await pending.settled.wait()
+        assert backend.events == ["closed"]
+        assert (await store.open(ANNA, CHAT)).turns[0].finish_reason == "stopped"
+    run(test)
+
+
+def test_who_comes_back_in_time_finds_the_reply_and_a_whole_new_grace() -> None:
+    async def test() -> None:
+        clock = Clock()
+        store = ConversationStore(History(), clock.sleep)
+        pending = begin(store, await store.open(ANNA, CHAT), Backend(["a"], hangs=True), "q", 0)
+        with store.watching(pending):
+            pass
+        await until(lambda: len(clock.asked) == 1)
+        found = (await store.open(ANNA, CHAT)).pending
+        assert found is pending
+        with store.watching(pending), store.watching(pending):  # two tabs
+            clock.over.set()  # of the first grace, which does not count any more
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not pending.live.done
+            clock.over = asyncio.Event()
+        await until(lambda: len(clock.asked) == 2)
+        assert not pending.live.done
+        await store.stop(await store.open(ANNA, CHAT))
+    run(test)
+
+
+def test_a_turn_that_cannot_be_saved_is_held_and_saved_with_the_next() -> None:
+    class Full(History):
+        full = True
+
+        def add_turn(self, *args: Any) -> int:
+            if self.full:
+                raise UserError("The chat history cannot be used: disk full.")
+            return super().add_turn(*args)
+
+    async def test() -> None:
+        store = ConversationStore(Full())
+        pending = begin(store, await store.open(ANNA, CHAT), Backend(["a"]), "1", 0)
+        await pending.settled.wait()
+        assert pending.trouble is not None and "disk full" in str(pending.trouble)
+        held = await store.open(ANNA, CHAT)
+        assert [t.user for t in held.turns] == ["1"] and not held.saved and not held.busy
+        store.history.full = False
+        await begin(store, held, Backend(["b"]), "2", 1).settled.wait()
+        assert [t.user for t in store.history.open(ANNA, CHAT).turns] == ["1", "2"]
+        assert await store.open(ANNA, CHAT) is not held
+    run(test)
+
+
+def test_undo_and_delete() -> None:
+    async def test() -> None:
+        store = ConversationStore(History())
+        conversation = await talk(store, "1", "2")
+        assert await store.undo(conversation) == "2"
+        assert [t.user for t in (await store.open(ANNA, CHAT)).turns] == ["1"]
+        await store.undo(await store.open(ANNA, CHAT))
+        assert await store.undo(await store.open(ANNA, CHAT)) == ""
+        busy = await store.open(ANNA, CHAT)
+        backend = Backend(["x"], hangs=True)
+        begin(store, busy, backend, "3", 0)
+        await until(lambda: bool(busy.pending and busy.pending.live.text))
+        await store.delete(busy)
+        assert backend.events == ["closed"] and store.history.summaries(ANNA) == []
+    run(test)
+
+
+def test_ids_are_as_the_page_makes_them() -> None:
+    async def test() -> None:
+        store = ConversationStore(History())
+        for bad in ("", None, "x" * 32, CHAT + "0", "../etc/passwd"):
+            with pytest.raises(UserError):
+                await store.open(ANNA, bad)
     run(test)
 
 
 def test_messages_for_the_model() -> None:
-    conversation = Conversation([Turn("a", "b", "stop"), Turn("c", "d", "stop")], "Be brief.")
+    conversation = Conversation(turns=[Turn("a", "b", "stop"), Turn("c", "d", "stop")])
+    conversation.system_prompt = "Be brief."
     roles = [(m["role"], m["content"]) for m in conversation.messages(1, "e")]
     assert roles == [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "e")]
     conversation.system_prompt = "  "
     assert len(conversation.messages()) == 4
 
 
-def ids(count: int) -> list[str]:
-    return [f"{number:032x}" for number in range(count)]
+def test_dropped_turns_are_shown_but_not_sent() -> None:
+    turns = [Turn("a", "b", "stop"), Turn("c", "d", "stop"), Turn("e", "f", "stop")]
+    conversation = Conversation(turns=turns, dropped=1)
+    assert [m["content"] for m in conversation.messages(2, "x")] == ["c", "d", "x"]
+    assert [m["content"] for m in conversation.messages(3, "x", 2)] == ["e", "f", "x"]
+    assert len(chat_view.chat_messages(conversation, "en")) == 6
+    assert chat_view.stats_html(conversation, "en").count("no longer sent") == 1
 
 
-def test_store_finds_conversations_again_and_keeps_them_apart() -> None:
-    store = ConversationStore()
-    one, two = ids(2)
-    store.open(one).turns.append(Turn("a", "b", "stop"))
-    assert store.open(two).turns == []
-    assert store.open(one).turns == [Turn("a", "b", "stop")]
-    for bad in ("", None, "x" * 32, one + "0", "../etc/passwd"):
-        with pytest.raises(UserError):
-            store.open(bad)
+class Counter:
+    """Counts a token a word of a context of a hundred."""
+
+    async def status(self) -> Any:
+        return SimpleNamespace(info=SimpleNamespace(session_len=100))
+
+    async def count_tokens(self, messages: Any) -> int:
+        return sum(len(m["content"].split()) for m in messages)
 
 
-def test_store_forgets_the_least_recently_used() -> None:
-    store = ConversationStore(max_conversations=2, max_characters=1000)
-    one, two, three = ids(3)
-    for key in (one, two, one, three):
-        store.open(key).system_prompt = key
-    assert len(store) == 2  # of pages without a turn, too, there are never more
-    assert store.open(one).system_prompt == one
-    assert store.open(two).system_prompt == ""  # was forgotten
-
-    store.open(three).turns = [Turn("x" * 2000, "", "stop")]
-    store.trim()  # over the cap by itself: it is the newest, so it stays, alone
-    assert len(store) == 1 and store.open(three).turns
-
-
-def test_store_never_forgets_a_conversation_at_work() -> None:
-    async def test() -> None:
-        store = ConversationStore(max_conversations=1)
-        one, two = ids(2)
-        busy = store.open(one)
-        begin(busy, Backend([], hangs=True), "q", 0)
-        store.open(two)
-        assert store.open(one) is busy
-        await busy.stop()
-    run(test)
+@pytest.mark.parametrize(("words", "expected"), [(8, 2), (2, 0), (40, 4), (200, 4)])
+def test_as_few_turns_are_dropped_as_needed(words: int, expected: int) -> None:
+    text = "word " * (words - 1)
+    conversation = Conversation(turns=[Turn(text, "r", "stop") for _ in range(4)])
+    dropped = asyncio.run(turns_to_drop(Counter(), conversation, 4, "w " * 30))
+    assert dropped == expected
 
 
 def test_form_has_the_bounds_and_defaults_of_sampling_params() -> None:
@@ -178,17 +285,24 @@ def test_form_has_the_bounds_and_defaults_of_sampling_params() -> None:
 
 def test_message_numbers_lead_to_their_turns() -> None:
     turns = [Turn("a", "<think>hm</think>b", "stop"), Turn("c", "", "stop")]
-    conversation = Conversation(turns)
+    conversation = Conversation(turns=turns)
     messages = chat_view.chat_messages(conversation, "en")
     assert [m["role"] for m in messages] == ["user", "assistant", "assistant", "user", "assistant"]
     numbers = [chat_view.turn_of_message(conversation, "en", i) for i in range(6)]
     assert numbers == [0, 0, 0, 1, 1, None]
 
 
-def test_reasoning_in_the_making() -> None:
-    assert chat_view.split_reasoning("<think>so far") == ("so far", "")
-    assert chat_view.live_markdown("<think>a\nb</think>\nc") == "> a\n> b\n\nc"
-    assert chat_view.split_reasoning("no <think>tag</think>") == ("", "no <think>tag</think>")
+@pytest.mark.parametrize(("text", "thoughts", "answer"), [
+    ("<think>so far", "so far", ""),
+    (" <think>a\nb</think>\nc", "a\nb", "c"),
+    ("no <think>tag</think>", "", "no <think>tag</think>"),
+    ("begun by the template\n</think>\n\nThe answer", "begun by the template", "The answer"),
+    ("it ends with `</think>`, you see", "", "it ends with `</think>`, you see"),
+    ("plain", "", "plain"),
+    ("", "", ""),
+])
+def test_reasoning(text: str, thoughts: str, answer: str) -> None:
+    assert chat_view.split_reasoning(text) == (thoughts, answer)
 
 
 def test_stats_line() -> None:

@@ -1,0 +1,69 @@
+"""Before the context is full: what fills it, and the choice of what to do. Nothing is cut silently.
+"""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import gradio as gr
+
+from backend.chat import ChatBackend
+from ui.chat_view import NEARLY_FULL
+from ui.conversations import Conversation
+from ui.i18n import label, t
+
+ROOM = 0.5  # of the context, which dropping turns makes free
+
+
+class ContextNotice:
+    """The panel above the message box."""
+
+    def __init__(self) -> None:
+        with gr.Column(visible=False, elem_id="context-notice") as self.panel:
+            self.text = gr.HTML(elem_id="context-text", apply_default_css=False)
+            with gr.Row(elem_classes="lmd-buttons"):
+                self.drop = gr.Button(label("context.drop"), elem_id="context-drop", size="sm")
+                self.new = gr.Button(label("context.new"), elem_id="context-new", size="sm")
+                self.go_on = gr.Button(label("context.go_on"), elem_id="context-go-on", size="sm")
+        self.outputs = (self.panel, self.text, self.drop)
+
+    def hidden(self) -> dict[Any, Any]:
+        return {self.panel: gr.update(visible=False)}
+
+    async def updates(
+        self, backend: ChatBackend, conversation: Conversation, keep: int, user: str, locale: str
+    ) -> dict[Any, Any]:
+        """The panel, if `user` would nearly fill the context; {} while there is room."""
+        limit = await context_limit(backend)
+        tokens = await backend.count_tokens(conversation.messages(keep, user)) if limit else None
+        if not limit or tokens is None or tokens < NEARLY_FULL * limit:
+            return {}
+        text = t("context.notice", locale, tokens=tokens, limit=limit)
+        return {
+            self.panel: gr.update(visible=True),
+            self.text: f'<div role="alert">{html.escape(text)}</div>',
+            self.drop: gr.update(visible=keep > conversation.dropped),
+        }
+
+
+async def context_limit(backend: ChatBackend) -> int | None:
+    """Tokens that prompt and reply may have together; None if that is not known."""
+    info = (await backend.status()).info
+    return info.session_len if info else None
+
+
+async def turns_to_drop(
+    backend: ChatBackend, conversation: Conversation, keep: int, user: str
+) -> int:
+    """How many turns at the beginning to leave out, so that `ROOM` of the context is free."""
+    limit = await context_limit(backend) or 0
+    fewest, most = conversation.dropped, keep
+    while fewest < most:  # the more are dropped, the shorter it is
+        middle = (fewest + most) // 2
+        tokens = await backend.count_tokens(conversation.messages(keep, user, middle)) or 0
+        if tokens <= (1 - ROOM) * limit:
+            most = middle
+        else:
+            fewest = middle + 1
+    return most
