@@ -16,9 +16,12 @@ from backend.services import Services
 from ui import forms, theme
 from ui.chat_tab import ChatTab
 from ui.config_tab import ConfigTab
+from ui.download_tab import DownloadTab
 from ui.guide_tab import GuideTab
 from ui.i18n import gradio_i18n, label, t
+from ui.jobs_tab import JobsTab
 from ui.owner import OwnerCookie
+from ui.quantize_tab import QuantizeTab
 from ui.status_bar import build_status_bar
 
 
@@ -35,7 +38,8 @@ class TabEntry(NamedTuple):
     Attributes:
         id: its name for code; its words are the i18n key "tab.<id>".
         build: the tab's class.
-        restful: whether a page over somebody's api_server has it, too.
+        restful: whether a page without jobs of its own has it, too, such as one over somebody's
+            api_server.
     """
 
     id: str
@@ -45,17 +49,20 @@ class TabEntry(NamedTuple):
 
 TABS: tuple[TabEntry, ...] = (  # in the order in which they stand
     TabEntry("guide", GuideTab),
+    TabEntry("download", DownloadTab),
+    TabEntry("quantize", QuantizeTab),
     TabEntry("config", ConfigTab),
     TabEntry("chat", ChatTab, restful=True),
+    TabEntry("jobs", JobsTab),
 )
 FIRST = "chat"  # shown first
 
 
 def build_ui(services: Services) -> gr.Blocks:
     """The page, not yet served."""
-    entries = [entry for entry in TABS if entry.restful or services.library is not None]
+    entries = [entry for entry in TABS if entry.restful or services.jobs]
     with gr.Blocks(title=t("page.title"), fill_width=True, analytics_enabled=False) as page:
-        build_status_bar()
+        build_status_bar(services)
         if len(entries) == 1:
             tabs = [entries[0].build(services)]
         else:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import gradio as gr
 
+from backend.services import Services
+from ui.i18n import label
+from ui.model_panel import ModelPanel
+
 # The script fills the empty elements; see assets/ui/page.js.
 TEMPLATE = """
 <header class="lmd-bar">
@@ -25,6 +29,11 @@ TEMPLATE = """
 """
 
 
-def build_status_bar() -> gr.HTML:
-    """Add the bar to the current layout."""
-    return gr.HTML(TEMPLATE, elem_id="status-bar", padding=False, apply_default_css=False)
+def build_status_bar(services: Services) -> None:
+    """Add the bar to the current layout; with an engine of our own, the models' panel below it."""
+    with gr.Row(elem_id="status-row"):
+        gr.HTML(TEMPLATE, elem_id="status-bar", padding=False, apply_default_css=False)
+        if services.engines and services.library:
+            button = gr.Button(label("models.open_panel"), elem_id="models-button", size="sm")
+    if services.engines and services.library:
+        ModelPanel(services).opened_by(button)

@@ -122,6 +122,9 @@
   setInterval(poll, POLL_MS);
   document.addEventListener("visibilitychange", poll);
 
+  // Another tab, as if its name had been clicked.
+  desk.showTab = (id) => document.querySelector(`#tab-${id}-button`)?.click();
+
   const started = setInterval(() => {
     const bar = document.querySelector("#status-bar .lmd-bar");
     if (!bar) return;
