@@ -1,11 +1,13 @@
 """Linear layers with weights of 4 bits (W4A16): the choice of the kernel and its launch.
 
-Few tokens: `w4_mma`, bound by the memory. A batch: `w4_dot`, bound by the tensor cores. A prompt:
-the weight is unpacked into a scratch, in slices if it is large, and cuBLAS multiplies.
+Few tokens: `w4_mma`, bound by the memory. A batch: `w4_dot`, or on Hopper `w4_wgmma`, bound by the
+tensor cores. A prompt: the weight is unpacked into a scratch, in slices if it is large, and cuBLAS
+multiplies.
 """
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 from typing import Any
 
@@ -19,6 +21,7 @@ from kernels.gpu.tuning import (
     DotConfig,
     MmaConfig,
     W4Config,
+    WgmmaConfig,
     bucket_of,
     gpu_name,
     invariant_config,
@@ -79,6 +82,7 @@ def _linear(
         weight.out_features,
         weight.in_features,
         bucket,
+        x.is_cuda and runs_wgmma(x, weight),
     )
     return run(x, weight, bias, gated, config)
 
@@ -96,6 +100,23 @@ def _checked(x: Tensor, weight: W4Weight) -> Tensor:
     return x
 
 
+def runs_wgmma(x: Tensor, weight: W4Weight) -> bool:
+    """Whether the kernel for Hopper serves this product; its language comes with Triton 3.6."""
+    wgmma = _wgmma(x.device.index or 0)
+    return wgmma is not None and wgmma.usable(x, weight)
+
+
+@cache
+def _wgmma(index: int) -> Any:
+    """The module for Hopper, or None: for other GPUs it is never imported."""
+    if _capability(index)[0] != 9:
+        return None
+    try:
+        return importlib.import_module("kernels.gpu.w4_wgmma")
+    except ImportError:
+        return None
+
+
 def run(
     x: Tensor, weight: W4Weight, bias: Tensor | None, gated: bool, config: W4Config
 ) -> Tensor:
@@ -103,6 +124,10 @@ def run(
     rows = weight.out_features // 2 if gated else weight.out_features
     out = x.new_empty(x.shape[0], rows)
     pdl = supports_pdl(x)
+    if isinstance(config, WgmmaConfig):
+        flags = _counters(x.device)
+        _wgmma(x.device.index or 0).wgmma_product(x, weight, bias, gated, config, out, flags, pdl)
+        return out
     last_row = weight.qweight.shape[0] * TILE_ROWS - 1
     common: dict[str, Any] = {
         "GROUPS": TILE_COLUMNS // weight.group_size,

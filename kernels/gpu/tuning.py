@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,8 +41,42 @@ class DotConfig:
     stages: int = 3
 
 
-W4Config = MmaConfig | DotConfig
-KINDS: dict[str, type[MmaConfig] | type[DotConfig]] = {"mma": MmaConfig, "dot": DotConfig}
+@dataclass(frozen=True, slots=True)
+class WgmmaConfig:
+    """`w4_wgmma_kernel`: for a batch, on Hopper only."""
+
+    tokens: int
+    rows: int = 128
+    parts: int = 2  # a tile is cut into at most, or one more
+    warps: int = 8
+    stages: int = 3
+    programs: int = 1  # a multiprocessor
+
+
+W4Config = MmaConfig | DotConfig | WgmmaConfig
+KINDS: dict[str, type[MmaConfig] | type[DotConfig] | type[WgmmaConfig]] = {
+    "mma": MmaConfig,
+    "dot": DotConfig,
+    "wgmma": WgmmaConfig,
+}
+
+
+class Division(NamedTuple):
+    """How tiles of a result are dealt out to programs."""
+
+    programs: int
+    full: int  # whole tiles for each program
+    units: int  # column tiles a program has of those that do not go round; 0: there are none
+    rest: int  # tiles that do not go round
+
+
+def division(tiles: int, column_tiles: int, most: int, parts: int) -> Division:
+    """Of `tiles` among at most `most` programs, no part below a `parts`-th of a tile."""
+    full, rest = divmod(tiles, most)
+    if not rest:
+        return Division(most, full, 0, 0)
+    units = max(-(-rest * column_tiles // most), -(-column_tiles // parts))
+    return Division(most if full else -(-rest * column_tiles // units), full, units, rest)
 
 
 def bucket_of(tokens: int) -> int | None:
@@ -51,9 +85,16 @@ def bucket_of(tokens: int) -> int | None:
 
 
 @cache
-def w4_config(gpu: str, sms: int, op: str, rows: int, columns: int, bucket: int) -> W4Config:
-    """What serves a weight [rows, columns] and a bucket of tokens on a GPU of `sms` processors."""
+def w4_config(
+    gpu: str, sms: int, op: str, rows: int, columns: int, bucket: int, hopper: bool = False
+) -> W4Config:
+    """What serves a weight [rows, columns] and a bucket of tokens on a GPU of `sms` processors.
+
+    hopper: what only such GPUs have may be used.
+    """
     entry = _table(gpu).get(op, {}).get(f"{rows}x{columns}", {}).get(str(bucket))
+    if entry is not None and entry["kernel"] == "wgmma" and not hopper:
+        entry = None
     if entry is None:
         return default_config(sms, rows, columns, bucket)
     return KINDS[entry["kernel"]](**{k: v for k, v in entry.items() if k != "kernel"})

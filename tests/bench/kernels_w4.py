@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.gpu.tuning import BUCKETS, KINDS, DotConfig, MmaConfig, W4Config
+from kernels.gpu.tuning import BUCKETS, KINDS, DotConfig, MmaConfig, W4Config, WgmmaConfig
 from kernels.packing import W4Weight
 
 # The module; the package's attribute of this name is the op.
@@ -37,6 +37,15 @@ COPY_BANDWIDTH = 4.3e12  # bytes/s, measured on an H200
 ROTATED_BYTES = 200 << 20
 LAUNCHES, REPLAYS = 20, 7
 COMPILERS = 14  # processes
+# Tiles and stages that fit one, two or three programs a multiprocessor.
+HOPPER_FORMS = (
+    WgmmaConfig(256, 128, stages=3),
+    WgmmaConfig(128, 128, stages=6),
+    WgmmaConfig(256, 64, warps=4, stages=2),
+    WgmmaConfig(128, 64, warps=4, stages=3, programs=2),
+    WgmmaConfig(128, 64, warps=4, stages=2, programs=3),
+    WgmmaConfig(64, 64, warps=4, stages=4, programs=3),
+)
 
 
 class Shape(NamedTuple):
@@ -130,6 +139,10 @@ def candidates(bucket: int, shape: Shape) -> Iterator[W4Config]:
             warps = 8 if rows == 128 and tokens >= 128 else 4
             for scaled in (True, False) if tokens == 64 else (tokens > 64,):
                 yield DotConfig(tokens, rows, splits, scaled, warps, stages)
+    if torch.cuda.get_device_capability()[0] == 9:
+        for form, parts in itertools.product(HOPPER_FORMS, (1, 2, 4)):
+            if form.tokens <= bucket <= 8 * form.tokens:
+                yield replace(form, parts=parts)
 
 
 def activations(tokens: int, columns: int) -> Tensor:
@@ -152,6 +165,8 @@ def code_of(shape: Shape, config: W4Config) -> tuple[object, ...]:
     """What the compiled code of a candidate depends on."""
     if isinstance(config, MmaConfig):
         return shape.columns, shape.gated, config
+    if isinstance(config, WgmmaConfig):
+        return shape.gated, replace(config, parts=1)
     return shape.gated, replace(config, splits=min(config.splits, 2))
 
 

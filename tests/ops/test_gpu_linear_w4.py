@@ -13,7 +13,14 @@ from kernels.packing import W4Weight, dequantize_w4, pack_w4
 from tests.ops.gpu_device import DEVICE, ON_GPU
 
 from kernels.gpu import tuning  # isort: skip  (gpu_device decides how Triton is imported)
-from kernels.gpu.tuning import DotConfig, MmaConfig, bucket_of, default_config  # isort: skip
+from kernels.gpu.tuning import (  # isort: skip
+    DotConfig,
+    MmaConfig,
+    WgmmaConfig,
+    bucket_of,
+    default_config,
+    division,
+)
 
 # The module; the package's attribute of this name is the op.
 w4 = importlib.import_module("kernels.gpu.linear_w4")
@@ -26,6 +33,16 @@ FORMS = [
     MmaConfig(16, 2, 2, 1),
     DotConfig(16, 64, 1, False, 4, 2),
     DotConfig(16, 64, 2, True, 4, 2),
+]
+
+ON_HOPPER = ON_GPU and torch.cuda.get_device_capability()[0] == 9
+needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
+HOPPER_FORMS = [
+    WgmmaConfig(256, 128, 2, 8, 3, 1),
+    WgmmaConfig(128, 128, 4, 8, 6, 1),
+    WgmmaConfig(128, 64, 2, 4, 2, 3),
+    WgmmaConfig(256, 64, 1, 4, 2, 1),
+    WgmmaConfig(64, 64, 8, 4, 4, 3),
 ]
 
 
@@ -122,6 +139,56 @@ def test_ops(tokens):
     close(w4.gated_linear_w4(x, weight), expected(x, weight, gated=True), 2)
 
 
+@needs_hopper
+@pytest.mark.parametrize("form", HOPPER_FORMS, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [5, 77, 300])
+def test_forms_for_hopper(form, dtype, tokens):
+    # Rows that fill no tile, more tiles of columns than stages, and columns split among programs.
+    weight = drawn_weight(1048, 1152)
+    x, bias = drawn(tokens, 1152, dtype), drawn(1, 1048, dtype)[0]
+    assert w4.runs_wgmma(x, weight)
+    first = w4.run(x, weight, bias, False, form)
+    # Weights are scaled in x's type: a rounding more.
+    close(first, expected(x, weight, bias), 2)
+    gated = w4.run(x, weight, None, True, form)
+    close(gated, expected(x, weight, gated=True), 3)
+    for _ in range(20):
+        assert torch.equal(w4.run(x, weight, bias, False, form), first)
+        assert torch.equal(w4.run(x, weight, None, True, form), gated)
+
+
+@needs_hopper
+@pytest.mark.parametrize("form", HOPPER_FORMS, ids=repr)
+def test_whole_and_split_tiles_on_hopper(form):
+    weight, x = drawn_weight(24576, 1024), drawn(512, 1024, torch.float16)
+    close(w4.run(x, weight, None, False, form), expected(x, weight), 2)
+
+
+@needs_hopper
+def test_what_bulk_copies_cannot_read_takes_another_kernel():
+    weight = drawn_weight(256, 256)
+    assert not w4.runs_wgmma(drawn(256, 256, torch.float16), drawn_weight(256, 256, 64))
+    x = drawn(256, 260, torch.float16)[:, 2:258]
+    assert not w4.runs_wgmma(x, weight)
+    close(w4.linear_w4(x, weight, None), expected(x, weight), 2)
+
+
+@pytest.mark.parametrize("tiles", [1, 32, 96, 132, 133, 172, 344, 1000])
+@pytest.mark.parametrize("column_tiles", [1, 9, 32, 86])
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_every_tile_is_dealt_out_once(tiles, column_tiles, parts):
+    most = 132
+    dealt = division(tiles, column_tiles, most, parts)
+    assert 1 <= dealt.programs <= most
+    assert dealt.full * dealt.programs + dealt.rest == tiles or not dealt.full
+    assert dealt.full * most + dealt.rest == tiles
+    if dealt.rest:
+        # A program's part reaches into a second tile at most, and all parts are there.
+        assert column_tiles / parts <= dealt.units <= column_tiles
+        assert dealt.programs * dealt.units >= dealt.rest * column_tiles
+
+
 def test_columns_of_x_may_lie_apart_and_off_a_pair():
     weight = drawn_weight(64, 128)
     x = drawn(128, 2, torch.float16).t()
@@ -198,5 +265,9 @@ def test_the_tables_hold_what_can_be_launched():
             for shape in shapes:
                 rows, columns = map(int, shape.split("x"))
                 for bucket in tuning.BUCKETS:
-                    config = tuning.w4_config("NVIDIA H200", 132, op, rows, columns, bucket)
-                    assert config.warps in (4, 8, 16) and 8 <= config.tokens <= 256
+                    for hopper in (False, True):
+                        config = tuning.w4_config(
+                            "NVIDIA H200", 132, op, rows, columns, bucket, hopper
+                        )
+                        assert config.warps in (4, 8, 16) and 8 <= config.tokens <= 256
+                        assert hopper or not isinstance(config, WgmmaConfig)
