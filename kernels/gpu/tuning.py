@@ -96,15 +96,23 @@ def w4_config(
     if entry is not None and entry["kernel"] == "wgmma" and not hopper:
         entry = None
     if entry is None:
-        return default_config(sms, rows, columns, bucket)
+        return default_config(sms, rows, columns, bucket, hopper)
     return KINDS[entry["kernel"]](**{k: v for k, v in entry.items() if k != "kernel"})
 
 
-def default_config(sms: int, rows: int, columns: int, bucket: int) -> W4Config:
+def default_config(
+    sms: int, rows: int, columns: int, bucket: int, hopper: bool = False
+) -> W4Config:
     """The rule for what no table knows: what was fastest on an H200 in shapes of 7B models."""
     if bucket <= 8:
         # With more tokens x comes slowly: each reading of it then serves more rows.
         return MmaConfig(8, 1 if bucket == 1 else 2, 8, 4 if rows <= columns else 2)
+    if hopper and (bucket >= 256 or (bucket == 128 and rows > columns)):
+        # The larger tile where it still gives most of the processors one.
+        large = -(-rows // 128) * (bucket // 256)
+        if large * 10 >= sms * 7:
+            return WgmmaConfig(256, parts=1 if large > 2 * sms else 2)
+        return WgmmaConfig(128, stages=6)
     tokens = min(bucket, 128)
     tile_rows = 128
     programs = -(-rows // tile_rows) * -(-bucket // tokens)

@@ -238,10 +238,12 @@ def test_what_cannot_be_multiplied_is_said():
         w4.gated_linear_w4(drawn(1, 128, torch.float16), drawn_weight(63, 128))
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 9, 64, 512])
-def test_the_rule_has_an_answer_for_every_shape(tokens):
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 64, 128, 256, 512])
+def test_the_rule_has_an_answer_for_every_shape(tokens, hopper):
     for rows, columns in [(64, 128), (12288, 4096), (57344, 8192), (8192, 28672)]:
-        config = default_config(132, rows, columns, bucket_of(tokens))
+        config = default_config(132, rows, columns, bucket_of(tokens), hopper)
+        assert hopper or not isinstance(config, WgmmaConfig)
         assert config.tokens <= 256 and config.warps in (4, 8, 16)
 
 
