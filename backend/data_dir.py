@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import platformdirs
-
 from backend.errors import UserError
 
 
@@ -18,6 +16,8 @@ def data_dir() -> Path:
     """
     if home := os.environ.get("LMDESK_HOME"):
         return Path(home).expanduser().absolute()
+    import platformdirs  # only here: benchmarks run where it is not installed
+
     try:
         return platformdirs.user_data_path("lmdesk")
     except RuntimeError:

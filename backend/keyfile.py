@@ -13,8 +13,6 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-import platformdirs
-
 from backend.errors import UserError
 
 MAX_BYTES = 4096
@@ -31,6 +29,8 @@ def key_path(port: int) -> Path:
     In the user's data directory: the runtime directory is often unset in one of two shells. The
     machine's name is in it because home directories may be shared.
     """
+    import platformdirs  # only here: benchmarks run where it is not installed
+
     return platformdirs.user_data_path("lmdesk") / "keys" / f"{platform.node()}-{port}"
 
 

@@ -51,7 +51,7 @@ def unpacked(words, low, high, scale, LAYOUT: gl.constexpr, BF16: gl.constexpr):
             is_pure=True,
             pack=1,
         )
-        multiply: gl.constexpr = SCALE_FLOAT16
+        multiply: gl.constexpr = SCALE_FLOAT16  # type: ignore[no-redef]
     a = gl.inline_asm_elementwise(multiply, "=r,r,r", [a, scale], gl.int32, True, 1)
     b = gl.inline_asm_elementwise(multiply, "=r,r,r", [b, scale], gl.int32, True, 1)
     c = gl.inline_asm_elementwise(multiply, "=r,r,r", [c, scale], gl.int32, True, 1)
