@@ -78,7 +78,7 @@ def draft(file: SettingsFile, changes: Mapping[str, str]) -> Draft:
             ini.set(name, text)
         else:
             ini.remove(name)
-    file.options(file.check(ini), ())
+    file.options(file.check(ini), {})
     return Draft(before, ini)
 
 

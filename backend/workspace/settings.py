@@ -108,7 +108,7 @@ class SettingsFile:
         """Values of the keys that the weights decide."""
         return {} if self.manifest is None else self.manifest.locked
 
-    def options(self, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    def options(self, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """EngineConfig's fields by the file's `values`, but for those that flags decide.
 
         Raises:
@@ -179,7 +179,7 @@ def engine_options(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in given}
 
 
-def _workspace_options(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+def _workspace_options(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of EngineConfig from values of config.ini, but for those that flags decide."""
     options: dict[str, Any] = {}
     for key in KEYS.values():
@@ -194,7 +194,7 @@ def _workspace_options(values: Mapping[str, Any], given: Collection[str]) -> dic
         numbered = workspace_kv_cache_dtype(values.get("quant_policy", 0))
         options["kv_cache_dtype"] = numbered if named == "auto" else named
     if not set(STEP) & set(given):
-        tokens = step_tokens(values, options)
+        tokens = step_tokens(values, {**options, **given})
         if tokens is not None:
             options[STEP[0]] = tokens
     return options
@@ -207,7 +207,7 @@ def step_tokens(values: Mapping[str, Any], options: Mapping[str, Any]) -> int | 
         own = values.get("max_context_token_num")
         if own is None:
             return None
-        if own <= options.get("max_batch_size", values.get("max_batch_size", 0)):
+        if own <= options.get("max_batch_size", EngineConfig.max_batch_size):
             own *= options.get("session_len") or values["max_position_embeddings"]
     low, high = STEP_TOKENS
     return min(max(own, low), high)
