@@ -17,17 +17,11 @@ from backend.errors import UserError
 from backend.models.decoder import DecoderLayer
 from backend.models.model_config import ModelConfig
 from quantize.awq import SearchSettings, quantize_block
-from quantize.blocks import (
-    BlockModel,
-    HiddenStore,
-    in_batches,
-    linears,
-    observed_inputs,
-    propagate,
-)
+from quantize.blocks import BlockModel, linears, observed_inputs, propagate
 from quantize.calibrate import embed_samples
 from quantize.data import Samples
 from quantize.export import CheckpointWriter, awq_config, awq_tensors, fill_awq
+from quantize.hidden_store import HiddenStore, in_batches
 from quantize.moments import InputMoments
 from quantize.progress import Progress
 from quantize.stages import StageTimes

@@ -19,8 +19,9 @@ from backend.errors import UserError
 from backend.models.decoder import DecoderLayer
 from backend.models.loader import is_finite
 from backend.tokenizer import Tokenizer
-from quantize.blocks import BlockModel, HiddenStore, in_batches, observed_inputs
+from quantize.blocks import BlockModel, observed_inputs
 from quantize.data import load_samples
+from quantize.hidden_store import HiddenStore, in_batches
 from quantize.progress import Progress
 from quantize.stats import (
     CalibrationInfo,

@@ -125,12 +125,14 @@ def run_by_blocks(
     length = max(len(window.ids) for window in windows) - 1
     model = BlockModel(folder, device, dtype, length + 1)
     ids = torch.zeros(len(windows), length, dtype=torch.int64)  # what follows a text is not seen
+    lengths = torch.tensor([len(window.ids) - 1 for window in windows])
     for row, window in zip(ids, windows):
         row[: len(window.ids) - 1] = torch.tensor(window.ids[:-1])
     hidden, size = embed_samples(model, ids, progress.note)
     progress.stage(f"evaluate {os.path.basename(os.path.abspath(folder))}", model.num_blocks)
     for index in range(model.num_blocks):
-        size = propagate(model, model.load_block(index), hidden, size, progress.note)
+        block = model.load_block(index)
+        size = propagate(model, block, hidden, size, progress.note, lengths)
         progress.step()
     rows = [
         hidden[slice(index, index + 1)][0, : len(window.ids) - 1].cpu()
@@ -195,7 +197,10 @@ def _kv_caches(
 def _forward(
     decoder: Decoder, ids: Sequence[int], start: int, caches: list[KVCache], device: torch.device
 ) -> Tensor:
-    """Final hidden states [len(ids), hidden_size] of one sequence's tokens from `start` on."""
+    """Final hidden states [len(ids), hidden_size] of one sequence's tokens from `start` on.
+
+    The KV of those before must be of the rotation's same step: see `RotaryEmbedding`.
+    """
     count, end = len(ids), start + len(ids)
     positions = torch.arange(start, end, device=device)
     metadata = AttentionMetadata(
@@ -211,7 +216,8 @@ def _forward(
         max_query_len=count,
         max_seq_len=end,
     )
-    return decoder(torch.tensor(ids, device=device), positions, caches, metadata)
+    step = decoder.rotary.step_of(end)
+    return decoder(torch.tensor(ids, device=device), positions, caches, metadata, step)
 
 
 def _greedy(
@@ -222,16 +228,17 @@ def _greedy(
     device: torch.device,
 ) -> list[int]:
     """The likeliest next token, again and again, up to REPLY_TOKENS or the reply's end."""
-    reply: list[int] = []
-    hidden, start = _forward(decoder, prompt, 0, caches, device), len(prompt)
+    ids, rotary, known = list(prompt), decoder.rotary, 0  # tokens whose KV is there
     while True:
-        token = int(decoder.compute_logits(hidden[-1:]).argmax())
+        hidden = _forward(decoder, ids[known:], known, caches, device)
+        token, known = int(decoder.compute_logits(hidden[-1:]).argmax()), len(ids)
         if token in tokenizer.eos_token_ids:
-            return reply
-        reply.append(token)
-        if len(reply) == REPLY_TOKENS:
-            return reply
-        hidden, start = _forward(decoder, [token], start, caches, device), start + 1
+            return ids[len(prompt) :]
+        ids.append(token)
+        if len(ids) == len(prompt) + REPLY_TOKENS:
+            return ids[len(prompt) :]
+        if rotary.step_of(len(ids)) != rotary.step_of(known):
+            known = 0  # a new step's frequencies are for all tokens
 
 
 def prompt_ids(folder: str, tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -23,17 +23,11 @@ from backend.layers.norm import RMSNorm
 from backend.models.decoder import DecoderLayer, scale_groups
 from kernels.packing import W8Weight
 from quantize.awq import realisable
-from quantize.blocks import (
-    BlockModel,
-    HiddenStore,
-    in_batches,
-    linears,
-    observed_inputs,
-    propagate,
-)
+from quantize.blocks import BlockModel, linears, observed_inputs, propagate
 from quantize.calibrate import embed_samples
 from quantize.data import Samples
 from quantize.export import CheckpointWriter, stored_parts
+from quantize.hidden_store import HiddenStore, in_batches
 from quantize.progress import Progress
 from quantize.stats import LinearStats, sample_stride
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from backend.errors import UserError
 from backend.layers.norm import RMSNorm
 from backend.models.decoder import scale_groups
-from quantize.blocks import BlockModel, HiddenStore, in_batches, linears, observed_inputs
+from quantize.blocks import BlockModel, linears, observed_inputs
+from quantize.hidden_store import HiddenStore, in_batches
 from tests.parity.test_logits import CPU, ids_of, paged_logits
 from tests.tiny_model import FAMILIES, make_checkpoint
 from tests.unit.test_awq import GROUP, quantize_checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from backend.errors import UserError
 from backend.target import BUNDLED_MODEL
@@ -20,6 +20,7 @@ from quantize import model_run
 from quantize.evaluate import EvaluationSettings, evaluate, heldout_windows
 from quantize.progress import Progress
 from quantize.verdict import VERDICT_FILE, Comparison, Measured, bootstrap, judge
+from tests.parity.test_logits import CPU, LONGROPE, ids_of
 from tests.tiny_model import make_checkpoint
 from tests.unit.test_awq import quantize_checkpoint
 
@@ -87,6 +88,41 @@ def test_a_model_that_does_not_fit_is_run_block_by_block(tiny, monkeypatch, quan
     assert parts.model.nats == pytest.approx(whole.model.nats, abs=1e-5)
     assert parts.model.replies == (model_run.NO_REPLY,) * 3
     assert parts.model.memory_bytes == pytest.approx(whole.model.memory_bytes, rel=0.35)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_each_window_is_rotated_by_its_own_length(tmp_path, monkeypatch, whole):
+    """longrope: those up to the original 64 tokens by the short factors, the others by the long."""
+    rope = dict(rope_parameters=dict(LONGROPE), max_position_embeddings=128)
+    reference = make_checkpoint(tmp_path, "llama", **rope)
+    windows = [model_run.Window(0, ids_of(count).tolist()) for count in (30, 65, 66, 101, 2)]
+    if not whole:
+        monkeypatch.setattr(model_run, "free_bytes", lambda device: 1000)
+    run = model_run.run_model(
+        str(tmp_path), windows, CPU, torch.float32, quiet(), model_run.KVFormat())
+    for window, hidden in zip(windows, run.hidden, strict=True):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([window.ids[:-1]])).logits[0]
+            torch.testing.assert_close(run.head(hidden), expected, atol=1e-4, rtol=0)
+    if not whole:
+        return
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for prompt, reply in zip(model_run.PROMPTS, run.replies, strict=True):
+        ids = model_run.prompt_ids(str(tmp_path), tokenizer, prompt)
+        assert len(ids) < 64 < len(ids) + model_run.REPLY_TOKENS  # each may cross the bound
+        assert reply == tokenizer.decode(greedy(reference, ids, model_run.REPLY_TOKENS))
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
+    """The likeliest `count` tokens after `ids`, without a cache, or fewer if the reply ends."""
+    said = list(ids)
+    while len(said) < len(ids) + count:
+        token = int(model(torch.tensor([said])).logits[0, -1].argmax())
+        if token in (256, 258):  # as write_tokenizer has them
+            break
+        said.append(token)
+    return said[len(ids):]
 
 
 def test_a_model_against_itself(tiny):
