@@ -100,6 +100,7 @@ class JobProgress:
         stage, done, total: the stage that it is in; `total` 0 is unknown.
         eta_s: seconds until the stage ends; None is unknown.
         figures: all fields of the last "step" event, as bytes_per_s and file, or loss.
+        losses: the errors that steps told, such as each layer's.
         notes: in order.
         result, error: fields of the event that ended its last run; None while there is none.
     """
@@ -109,6 +110,7 @@ class JobProgress:
     total: int = 0
     eta_s: float | None = None
     figures: dict[str, Any] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
@@ -267,6 +269,8 @@ class JobStore:
                     progress.stage = event.get("stage", progress.stage)
                     progress.done, progress.total = event["done"], event["total"]
                     progress.eta_s, progress.figures = event.get("eta_s"), event
+                    if isinstance(event.get("loss"), int | float):
+                        progress.losses.append(event["loss"])
                 case "note":
                     progress.notes.append(event["text"])
                 case "result":

@@ -30,6 +30,7 @@ def add_commands(group: Any) -> None:
     _stats(sub)
     _device(sub)
     _verdict(sub)
+    _plan(sub)
 
     sub = _command(group, "smooth_quant", "weights and tokens in 8 bits (W8A8)", _smooth_quant)
     _model(sub, "./NAME-w8a8")
@@ -37,6 +38,7 @@ def add_commands(group: Any) -> None:
     _stats(sub)
     _device(sub)
     _verdict(sub)
+    _plan(sub)
 
     text = "scales of an int8 KV cache, from a calibration"
     sub = _command(group, "kv_qparams", text, _kv_qparams)
@@ -59,6 +61,7 @@ def add_commands(group: Any) -> None:
     text = "longest context in tokens (default: 512)"
     sub.add_argument("--eval-seqlen", type=count, default=512, help=text)
     _verdict(sub)
+    _plan(sub)
 
 
 def add_guide_command(commands: Any) -> None:
@@ -102,6 +105,11 @@ def _model(sub: argparse.ArgumentParser, folder: str) -> None:
     text = f"where the result goes (default: {folder})"
     sub.add_argument("--work-dir", metavar="DIR", help=text)
     _flag(sub, "--overwrite", False, "replace that folder, once the new result is complete")
+
+
+def _plan(sub: argparse.ArgumentParser) -> None:
+    text = "only say what it would take, or why it would be refused"
+    sub.add_argument("--plan", action="store_true", help=text)
 
 
 def _stats(sub: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import wraps
 
 import torch
@@ -15,6 +15,7 @@ from backend.errors import UserError
 from backend.layers.linear import kv_heads_per_rank
 from backend.layers.parallel import ParallelContext
 from backend.models.kv_params import read_kv_params, stored_params
+from backend.models.loader import check_model
 from backend.models.registry import read_model_config
 from backend.tokenizer import Tokenizer
 from backend.workspace.layout import tensor_para_size
@@ -23,17 +24,23 @@ from quantize.auto_awq import auto_awq as quantize_awq
 from quantize.awq import SearchSettings
 from quantize.by_stats import awq_by_stats, smooth_quant_by_stats
 from quantize.calibrate import CalibrationSettings, calibrate as observe_model
-from quantize.data import Samples, load_samples
+from quantize.data import DATASETS, Samples, load_samples
 from quantize.evaluate import (
-    EvaluationSettings,
+    disk_bytes,
     evaluate as evaluate_model,
     pick_device,
     pick_dtype,
 )
 from quantize.export import CheckpointWriter
+from quantize.flags import (
+    calibration_settings,
+    earlier_stats,
+    evaluation_settings,
+    target_folder,
+)
 from quantize.kv_qparams import head_params, write_kv_qparams
 from quantize.model_run import KVFormat
-from quantize.preflight import Source
+from quantize.preflight import Plan, Source
 from quantize.progress import Progress, duration
 from quantize.rtn import GroupFormat
 from quantize.smoothquant import smooth_quant as quantize_int8
@@ -45,16 +52,6 @@ from quantize.stats import (
     save_stats,
     stats_bytes,
 )
-
-# What each is called in CalibrationSettings; none has a value unless it was given.
-CALIBRATION_FLAGS = {
-    "calib_dataset": "dataset",
-    "calib_samples": "samples",
-    "calib_seqlen": "seqlen",
-    "strict_dataset": "strict",
-    "batch_size": "batch_size",
-    "seed": "seed",
-}
 
 Command = Callable[[argparse.Namespace, Progress], int]
 
@@ -97,7 +94,8 @@ def calibrate(args: argparse.Namespace, progress: Progress) -> int:
     dtype = pick_dtype(args.dtype, device, args.model)
     settings = calibration_settings(args)
     preflight.check_space(folder, stats_bytes(source.config, dtype.itemsize))
-    _check_memory(device, source, settings, dtype)
+    needed = preflight.memory_needed(source.config, _tokens_at_once(settings), dtype)
+    preflight.check_memory(device, needed)
     preflight.check_finite(source, progress)
     # Beside the result: the system's folder for temporary files may be memory itself.
     beside = os.path.dirname(os.path.abspath(folder))
@@ -119,6 +117,8 @@ def auto_awq(args: argparse.Namespace, progress: Progress) -> int:
     preflight.check_group_size(source, args.w_group_size)
     # Each group has a scale of 16 bits and a zero of 4.
     bits = args.w_bits + (16 + 4) / args.w_group_size
+    if args.plan:
+        return tell_plan(args, source, target, bits, progress)
     device, dtype, given = _prepare(args, source, target, bits, progress)
     settings = SearchSettings(
         GroupFormat(args.w_bits, args.w_group_size, args.w_sym),
@@ -150,6 +150,8 @@ def smooth_quant(args: argparse.Namespace, progress: Progress) -> int:
     """A checkpoint with 8-bit weights; exit code 1 if its verdict is that it failed."""
     target = target_folder(args, "w8a8")
     source = preflight.check_source(args.model)
+    if args.plan:
+        return tell_plan(args, source, target, 8, progress)
     device, dtype, given = _prepare(args, source, target, 8, progress)
     if isinstance(given, CalibrationStats):
         writer = smooth_quant_by_stats(
@@ -196,6 +198,32 @@ def judge_and_publish(
         {"path": folder, "verdict": verdict.as_dict()}, f"{verdict.table()}\n{folder}"
     )
     return 0 if verdict.passed else 1
+
+
+def tell_plan(
+    args: argparse.Namespace, source: Source, target: str, bits: float, progress: Progress
+) -> int:
+    """What the job would take, or why it is refused; no weight is read, and nothing written."""
+    device, dtype, stats = _check(args, source, target, bits)
+    settings = calibration_settings(args)
+    tokens = 0 if stats is not None else _tokens_at_once(settings)
+    if stats is None and settings.dataset not in DATASETS:  # those would have to be fetched
+        load_samples(settings.dataset, Tokenizer.from_folder(args.model), 1, settings.seqlen)
+    return _told(Plan(
+        target, str(device), dtype_name(dtype),
+        preflight.memory_needed(source.config, tokens, dtype), preflight.memory_free(device),
+        source.bytes_of(bits), preflight.disk_free(target), disk_bytes(args.model)), progress)
+
+
+def _told(plan: Plan, progress: Progress) -> int:
+    """The plan as the command's result."""
+    progress.result({"plan": asdict(plan)}, plan.describe())
+    return 0
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16 and the like."""
+    return str(dtype).removeprefix("torch.")
 
 
 def holds_stats_only(folder: str) -> bool:
@@ -270,59 +298,22 @@ def evaluate(args: argparse.Namespace, progress: Progress) -> int:
     if args.quant_policy:
         config = read_model_config(args.model)
         kv = KVFormat(args.quant_policy, read_kv_params(args.model, config, ParallelContext()))
+    if args.plan:
+        check_model(args.model, ParallelContext())
+        device = pick_device(args.device)
+        return _told(Plan(
+            None, str(device), dtype_name(pick_dtype(args.dtype, device, args.model)), 0,
+            preflight.memory_free(device), 0, 0, disk_bytes(args.model)), progress)
     verdict = evaluate_model(args.model, args.against, evaluation_settings(args), progress, kv)
     progress.result({"verdict": verdict.as_dict()}, verdict.table())
     return 0 if verdict.passed else 1
 
 
-def target_folder(args: argparse.Namespace, suffix: str) -> str:
-    """--work-dir, or a folder in the current one that has the model's name and a suffix."""
-    name = os.path.basename(os.path.abspath(os.path.expanduser(args.model)))
-    return os.path.abspath(os.path.expanduser(args.work_dir or f"{name}-{suffix}"))
-
-
-def calibration_settings(args: argparse.Namespace) -> CalibrationSettings:
-    """What the flags say of the text to calibrate on."""
-    given = {field: getattr(args, flag) for flag, field in CALIBRATION_FLAGS.items()}
-    return replace(CalibrationSettings(), **{k: v for k, v in given.items() if v is not None})
-
-
-def earlier_stats(args: argparse.Namespace, target: str) -> CalibrationStats | None:
-    """Those of --stats; or those in --work-dir, if no flag asks for a calibration of its own.
-
-    Raises:
-        UserError: there are none in --stats, they are of another model, or a flag contradicts.
-    """
-    asked = [flag for flag in CALIBRATION_FLAGS if getattr(args, flag) is not None]
-    if args.stats is None:
-        there = os.path.isfile(os.path.join(target, STATS_FILE))
-        return load_stats(target, args.model) if there and not asked else None
-    if asked:
-        raise UserError(
-            f"--{asked[0].replace('_', '-')} is for a new calibration, and --stats takes an "
-            "earlier one.",
-            "Leave out one of them.",
-            field=asked[0],
-        )
-    return load_stats(os.path.expanduser(args.stats), args.model)
-
-
-def evaluation_settings(args: argparse.Namespace) -> EvaluationSettings:
-    """What the flags say of the verdict."""
-    return EvaluationSettings(
-        tokens=args.eval_tokens,
-        seqlen=getattr(args, "eval_seqlen", EvaluationSettings.seqlen),
-        threshold=args.threshold,
-        device=args.device,
-        dtype=args.dtype,
-    )
-
-
-def _prepare(
-    args: argparse.Namespace, source: Source, target: str, bits: float, progress: Progress
-) -> tuple[torch.device, torch.dtype, Samples | CalibrationStats]:
-    """All that is checked before work on a checkpoint of `bits` a weight, and what it is made by:
-    text to calibrate on, or an earlier calibration."""
+def _check(
+    args: argparse.Namespace, source: Source, target: str, bits: float
+) -> tuple[torch.device, torch.dtype, CalibrationStats | None]:
+    """What is checked before work on a checkpoint of `bits` a weight, without reading weights or
+    text; the earlier calibration that it is made by, if there is one."""
     stats = earlier_stats(args, target)
     if holds_stats_only(target):
         args.overwrite = True  # nothing is lost: `judge_and_publish` takes them along
@@ -330,17 +321,26 @@ def _prepare(
     preflight.check_space(target, source.bytes_of(bits))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, args.model)
+    tokens = 0 if stats is not None else _tokens_at_once(calibration_settings(args))
+    preflight.check_memory(device, preflight.memory_needed(source.config, tokens, dtype))
+    return device, dtype, stats
+
+
+def _prepare(
+    args: argparse.Namespace, source: Source, target: str, bits: float, progress: Progress
+) -> tuple[torch.device, torch.dtype, Samples | CalibrationStats]:
+    """All that is checked before that work, and what the checkpoint is made by: text to calibrate
+    on, or an earlier calibration."""
+    device, dtype, stats = _check(args, source, target, bits)
     if stats is not None:
         info = stats.info
         progress.note(
             f"{info.note} By the stats of that calibration ({info.samples} windows of "
             f"{info.seqlen} tokens); no text is run again."
         )
-        preflight.check_memory(device, preflight.memory_needed(source.config, 0, dtype))
         preflight.check_finite(source, progress)
         return device, dtype, stats
     settings = calibration_settings(args)
-    _check_memory(device, source, settings, dtype)
     with progress.times("calibration text"):
         samples = load_samples(
             settings.dataset,
@@ -356,9 +356,6 @@ def _prepare(
     return device, dtype, samples
 
 
-def _check_memory(
-    device: torch.device, source: Source, settings: CalibrationSettings, dtype: torch.dtype
-) -> None:
+def _tokens_at_once(settings: CalibrationSettings) -> int:
     """One block has to fit, with one window of tokens: batches shrink by themselves."""
-    tokens = max(settings.batch_size, 1) * settings.seqlen
-    preflight.check_memory(device, preflight.memory_needed(source.config, tokens, dtype))
+    return max(settings.batch_size, 1) * settings.seqlen

@@ -53,6 +53,40 @@ class Source:
         return int(total)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a job will take, as far as that can be told beforehand. Bytes.
+
+    Attributes:
+        target: folder of the result; None if nothing is written.
+        dtype: number format computed in.
+        memory: of one block at the worst moment, on `device`; 0 where that is not foreseen.
+        memory_free: on the device.
+        disk: of the result.
+        disk_free: where the target will be.
+        source: of the model as it is.
+    """
+
+    target: str | None
+    device: str
+    dtype: str
+    memory: int
+    memory_free: int
+    disk: int
+    disk_free: int
+    source: int
+
+    def describe(self) -> str:
+        """For a terminal."""
+        lines = [f"device   {self.device}, {self.dtype}; {size(self.memory_free)} of memory free"]
+        if self.memory:
+            lines.append(f"memory   {size(self.memory)} for one block at a time")
+        if self.target is not None:
+            lines += [f"disk     {size(self.disk)} of {size(self.source)}; "
+                      f"{size(self.disk_free)} free", f"target   {self.target}"]
+        return "\n".join(lines)
+
+
 def check_source(folder: str) -> Source:
     """The model in `folder`, if it can be quantized: its names, shapes and formats are right.
 
@@ -182,7 +216,7 @@ def check_space(target: str, needed: int) -> None:
         UserError: saying how much is missing.
     """
     place = nearest_folder(target)
-    free = shutil.disk_usage(place).free
+    free = disk_free(target)
     if free < needed * RESERVE:
         raise UserError(
             f"The result needs about {size(int(needed * RESERVE))} of disk space, and {place} has "
@@ -190,6 +224,11 @@ def check_space(target: str, needed: int) -> None:
             "Make room, or choose a --work-dir on another disk.",
             field="work_dir",
         )
+
+
+def disk_free(target: str) -> int:
+    """Bytes free on the disk that `target` is, or will be, on."""
+    return shutil.disk_usage(nearest_folder(target)).free
 
 
 def memory_needed(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
@@ -219,18 +258,22 @@ def check_memory(device: torch.device, needed: int) -> None:
     Raises:
         UserError: saying how much there is.
     """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        what = "the GPU"
-    else:
-        free, what = psutil.virtual_memory().available, "this machine"
+    free = memory_free(device)
     if free < needed:
+        what = "the GPU" if device.type == "cuda" else "this machine"
         raise UserError(
             f"One block of this model needs about {size(needed)} of memory, and {what} has "
             f"{size(free)} free.",
             "Use a smaller --batch-size or --calib-seqlen, or end other programs.",
             field="batch_size",
         )
+
+
+def memory_free(device: torch.device) -> int:
+    """Bytes free on `device`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def nearest_folder(path: str) -> Path:

@@ -6,7 +6,7 @@ JSON lines, one event each (seconds since the job began as `elapsed_s`):
     {"event": "step", "stage": "quantize", "done": 3, "total": 32, "eta_s": 41.2, "loss": 0.01}
     {"event": "note", "text": "..."}
     {"event": "result", ...}         what the command found out or wrote
-    {"event": "error", "message": "...", "hint": "..."}
+    {"event": "error", "message": "...", "hint": "...", "field": "work_dir"}
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Progress:
     def error(self, error: UserError) -> None:
         """The job ends by `error`. In text, whoever catches it tells it."""
         self._close_line()
-        self._event("error", message=error.message, hint=error.hint)
+        self._event("error", message=error.message, hint=error.hint, field=error.field)
 
     def _event(self, event: str, **values: Any) -> None:
         if not self.json:

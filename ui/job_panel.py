@@ -111,15 +111,14 @@ class JobPanel:
 
     def _look(self, job_id: str, locale: str) -> tuple[Job, str]:
         job, progress = self.store.get(job_id), self.store.progress(job_id)
-        losses = [e["loss"] for e in self.store.events(job_id)
-                  if isinstance(e.get("loss"), int | float)]
-        log = self.store.log_tail(job_id)
-        return job, job_view.job_html(job, progress, losses, log, locale)
+        return job, job_view.job_html(job, progress, self.store.log_tail(job_id), locale)
 
     def _result(self, job: Job) -> str | None:
-        """The folder of the model that it has made."""
+        """The folder of the model that it has made, or has measured as it would be served."""
         result = None if job.running else self.store.progress(job.id).result
-        found = (result or {}).get("folder") or (result or {}).get("path")
+        if result is None:
+            return None
+        found = result.get("folder") or result.get("path") or job.details.get("serves")
         return found if found and Path(found).is_dir() else None
 
     def _cancel(self, job_id: str) -> None:

@@ -13,14 +13,14 @@ from ui.i18n import t
 BARS = 96  # of the plot, at most; neighbours of longer models share one
 
 
-def job_html(job: Job, progress: JobProgress, losses: list[float], log: str, locale: str) -> str:
+def job_html(job: Job, progress: JobProgress, log: str, locale: str) -> str:
     """Everything about one job."""
     error = progress.error
     parts = [
         f'<div class="lmd-job-head"><span class="lmd-job-title">{escape(job.title)}</span>'
         f"{state_html(job, locale)}</div>",
         progress_html(job, progress, locale),
-        plot_html(losses, locale),
+        plot_html(progress.losses, locale),
         "".join(f'<p class="lmd-note">{escape(note)}</p>' for note in progress.notes[-4:]),
         verdict_html(progress.result, locale),
     ]

@@ -1,97 +1,99 @@
-"""The quantize tab: a model, a method, a text to calibrate on; then a job and its verdict."""
+"""The quantize tab: a model, a method, a text to calibrate on; what that will take; then a job and
+its verdict."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import shlex
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from backend.data_dir import data_dir, results_dir
-from backend.errors import UserError
+from backend.quick_command import QuickCommands
 from backend.services import Services
 from ui.answer import sentence, warn
 from ui.i18n import label, locale_of, t
 from ui.job_panel import JobPanel
 from ui.job_view import command_html, problem_html
+from ui.quantize_form import DATASETS, GROUP_SIZES, METHODS, OWN, QuantizeForm
+from ui.quantize_view import plan_html, planning_html
 
+# An error's field -> which of the notes tells it; others are told where the plan would be.
+PLACES = {"model": "model", "method": "model"} | dict.fromkeys(
+    ("w_group_size", "calib_dataset", "calib_samples", "calib_seqlen", "eval_tokens", "text"),
+    "data")
+PICK_TEXT = "(text) => window.LMDESK.pickText(text)"
 
-@dataclass(frozen=True)
-class Method:
-    """A way to make a model smaller.
-
-    Attributes:
-        command: of `lite`; "evaluate" makes nothing, and measures.
-        suffix: of the result's folder.
-        load_options: EngineConfig's, for loading the result.
-    """
-
-    command: str
-    suffix: str = ""
-    load_options: dict[str, Any] = field(default_factory=dict)
-
-
-METHODS = {
-    "w4a16": Method("auto_awq", "awq"),
-    "kv8": Method("evaluate", load_options={"quant_policy": 8}),
-    "w8a8": Method("smooth_quant", "w8a8"),
-    "both": Method("auto_awq", "awq", {"quant_policy": 8}),
-}
-DATASETS = ("bundled", "c4", "ptb", "wikitext2", "pileval")
-OWN = "own"
-MAX_TEXT = 4_000_000  # characters of an own text
+Updates = dict[Any, Any]
 
 
 class QuantizeTab:
-    """The form, the command line that it amounts to, and the job."""
+    """The form, what it will take, the command line that it amounts to, and the job."""
 
     def __init__(self, services: Services) -> None:
         assert services.jobs is not None and services.library is not None
         self.store, self.library = services.jobs, services.library
+        self.quick = QuickCommands()
+        html: dict[str, Any] = {"apply_default_css": False}
         with gr.Column(elem_classes="lmd-tab"):
             gr.Markdown(label("quantize.intro"))
             self.model = gr.Dropdown([], label=label("quantize.model"), elem_id="quantize-model",
                                      filterable=False)
+            model_note = gr.HTML(elem_id="quantize-model-note", visible=False, **html)
             self.method = gr.Radio(
                 [(label(f"quantize.method.{name}"), name) for name in METHODS],
                 value=next(iter(METHODS)), label=label("quantize.method"),
                 elem_id="quantize-method", elem_classes="lmd-cards")
             self.about = gr.Markdown(label("quantize.about.w4a16"), elem_id="quantize-about")
-            with gr.Row():
+            with gr.Row(elem_classes="lmd-fields"):
                 self.dataset = gr.Dropdown(
                     [(label(f"quantize.data.{name}"), name) for name in (*DATASETS, OWN)],
-                    value=DATASETS[0], label=label("quantize.data"), elem_id="quantize-data",
-                    filterable=False)
-                self.samples = gr.Number(128, label=label("quantize.samples"), precision=0,
-                                         elem_id="quantize-samples")
-                self.seqlen = gr.Number(2048, label=label("quantize.seqlen"), precision=0,
-                                        elem_id="quantize-seqlen")
-                self.tokens = gr.Number(32768, label=label("quantize.tokens"), precision=0,
-                                        elem_id="quantize-tokens")
-            self.text = gr.Textbox(label=label("quantize.text"), lines=6, max_lines=12,
-                                   visible=False, elem_id="quantize-text")
-            self.command = gr.HTML(elem_id="quantize-command", apply_default_css=False)
+                    value=DATASETS[0], label=label("quantize.calib_dataset"),
+                    elem_id="quantize-data", filterable=False)
+                self.samples = self._number(128, "calib_samples", "quantize-samples")
+                self.seqlen = self._number(2048, "calib_seqlen", "quantize-seqlen")
+                self.group = gr.Dropdown(list(GROUP_SIZES), label=label("quantize.w_group_size"),
+                                         elem_id="quantize-group", filterable=False, min_width=120)
+                self.tokens = self._number(32768, "eval_tokens", "quantize-tokens")
+            with gr.Column(visible=False, elem_id="quantize-own") as self.own:
+                self.text = gr.Textbox(label=label("quantize.text"), lines=6, max_lines=12,
+                                       elem_id="quantize-text")
+                pick = gr.Button(label("quantize.pick"), elem_id="quantize-pick", size="sm",
+                                 elem_classes="lmd-small")
+            data_note = gr.HTML(elem_id="quantize-data-note", visible=False, **html)
+            self.notes = {"model": model_note, "data": data_note}
+            self.plan = gr.HTML(elem_id="quantize-plan", **html)
+            self.command = gr.HTML(elem_id="quantize-command", **html)
             with gr.Row(elem_classes="lmd-actions"):
                 self.start = gr.Button(label("quantize.start"), elem_id="quantize-start",
                                        variant="primary", size="sm")
             self.panel = JobPanel(services, "quantize")
         self.fields = [self.model, self.method, self.dataset, self.samples, self.seqlen,
-                       self.tokens, self.text]
+                       self.group, self.tokens, self.text]
+        told = [*self.notes.values(), self.plan, self.command, self.start]
         event: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        gr.on([f.change for f in self.fields], self.on_change, self.fields,
-              [self.command, self.about, self.text], **event)
-        self.model.focus(self.on_models, [self.model], [self.model], **event)
-        self.start.click(self.on_start, self.fields, [self.command, *self.panel.outputs], **event)
+        changes = [f.change for f in self.fields]
+        gr.on(changes, self.on_change, self.fields,
+              [self.about, self.own, self.samples, self.seqlen, self.group, *told], **event)
+        gr.on(changes, self.on_plan, self.fields, told, trigger_mode="always_last", **event)
+        pick.click(None, [self.text], [self.text, data_note], js=PICK_TEXT)
+        self.start.click(self.on_start, self.fields, [*told, *self.panel.outputs], **event)
+        self._event = event
+
+    @staticmethod
+    def _number(value: int, name: str, elem_id: str) -> gr.Number:
+        return gr.Number(value, label=label(f"quantize.{name}"), precision=0, elem_id=elem_id,
+                         min_width=120)
 
     def wire_load(self, page: gr.Blocks) -> None:
-        """List the models, and show the newest job."""
-        page.load(self.on_models, [self.model], [self.model], show_progress="hidden",
-                  api_visibility="private")
+        """Show the newest job."""
         self.panel.wire_load(page)
+
+    def wire_select(self, tab: gr.Tab) -> None:
+        """List the models when the tab is opened."""
+        tab.select(self.on_models, [self.model], [self.model], **self._event)
 
     async def on_models(self, chosen: str | None) -> Any:
         models = await asyncio.to_thread(self.library.models)
@@ -99,92 +101,87 @@ class QuantizeTab:
         paths = [path for _, path in choices]
         return gr.update(choices=choices, value=chosen if chosen in paths else paths[0])
 
-    async def on_change(
-        self, model: str, method: str, dataset: str, samples: Any, seqlen: Any, tokens: Any,
-        text: str, request: gr.Request,
-    ) -> dict[Any, Any]:
-        values = (model, method, dataset, samples, seqlen, tokens, text)
-        method = values[1] if values[1] in METHODS else next(iter(METHODS))
+    async def on_change(self, *values: Any) -> Updates:
+        """What can be said at once; `on_plan` follows."""
+        form = QuantizeForm(*values)
+        method = form.method if form.method in METHODS else next(iter(METHODS))
+        how = METHODS[method]
+        return {
+            **self._told(), self.about: label(f"quantize.about.{method}"),
+            self.own: gr.update(visible=how.calibrates and form.dataset == OWN),
+            self.samples: gr.update(interactive=how.calibrates),
+            self.seqlen: gr.update(interactive=how.calibrates),
+            self.group: gr.update(interactive=how.command == "auto_awq"),
+        }
+
+    async def on_plan(
+        self, model: Any, method: Any, dataset: Any, samples: Any, seqlen: Any, group: Any,
+        tokens: Any, text: Any, request: gr.Request,
+    ) -> AsyncGenerator[Updates, None]:
+        """What the job will take, or why it will not do, by its own command."""
+        form = QuantizeForm(model, method, dataset, samples, seqlen, group, tokens, text)
+        locale = locale_of(request)
+        yield self._told() | {self.plan: planning_html(locale)}
         try:
-            shown = command_html(shlex.join(["python", "app.py", *self._argv(*values)]),
-                                 locale_of(request))
-        except UserError as error:
-            shown = problem_html(str(error))
-        return {self.command: shown, self.about: label(f"quantize.about.{method}"),
-                self.text: gr.update(visible=values[2] == OWN)}
+            argv = await asyncio.to_thread(form.argv, self.library, locale, write=True)
+            found = await self.quick.ask([*argv, "--plan"])
+            before = await asyncio.to_thread(self._seconds_before, argv)
+        except Exception as error:
+            yield self._refused(error, locale)
+            return
+        yield self._told() | {
+            self.plan: plan_html(found["plan"], before, locale),
+            self.command: command_html(shlex.join(["python", "app.py", *argv]), locale)}
 
     async def on_start(
-        self, model: str, method: str, dataset: str, samples: Any, seqlen: Any, tokens: Any,
-        text: str, request: gr.Request,
-    ) -> dict[Any, Any]:
+        self, model: Any, method: Any, dataset: Any, samples: Any, seqlen: Any, group: Any,
+        tokens: Any, text: Any, request: gr.Request,
+    ) -> Updates:
+        form = QuantizeForm(model, method, dataset, samples, seqlen, group, tokens, text)
         locale = locale_of(request)
-        arguments = (model, method, dataset, samples, seqlen, tokens, text)
         try:
-            argv = await asyncio.to_thread(self._argv, *arguments, write=True)
-            title = t("quantize.title", locale, model=Path(model).name, method=method.upper())
+            argv = await asyncio.to_thread(form.argv, self.library, locale, write=True)
+            folder = str(self.library.checked(form.model))
+            title = t("quantize.title", locale, model=Path(folder).name,
+                      method=t(f"quantize.method.{form.method}", locale))
+            details: dict[str, Any] = {"model": folder, "load_options": form.how.load_options}
+            if not form.how.calibrates:
+                details["serves"] = folder  # nothing is made: this very model, by those options
             job = await asyncio.to_thread(
                 self.store.start, [*argv, "--progress", "json"], title, "quantize",
-                details={"model": model, "load_options": METHODS[method].load_options})
+                details=details)
         except Exception as error:
             warn(error, locale)
-            return {self.command: problem_html(sentence(error, locale))}
+            return self._refused(error, locale)
         return await self.panel.show(job.id, locale)
 
-    def _argv(
-        self, model: str, method: str, dataset: str, samples: Any, seqlen: Any, tokens: Any,
-        text: str, write: bool = False,
-    ) -> list[str]:
-        """The command line of the form.
+    def _told(self) -> Updates:
+        """Nothing is wrong."""
+        return {**{note: gr.update(value="", visible=False) for note in self.notes.values()},
+                self.start: gr.update(interactive=True)}
 
-        Args:
-            write: store an own text where the command finds it.
+    def _refused(self, error: Exception, locale: str) -> Updates:
+        """The refusal, beside the field that it is about."""
+        words = problem_html(sentence(error, locale))
+        place = PLACES.get(getattr(error, "field", None) or "")
+        told = self._told() | {self.start: gr.update(interactive=False), self.command: ""}
+        if place is None:
+            return told | {self.plan: words}
+        return told | {self.plan: "", self.notes[place]: gr.update(value=words, visible=True)}
 
-        Raises:
-            UserError: a value is not allowed.
-        """
-        folder = self.library.checked(model)
-        if method not in METHODS:
-            raise UserError(t("error.not_offered", value=repr(method)[:60]), field="method")
-        how = METHODS[method]
-        judged = ["--eval-tokens", str(_count(tokens, "eval_tokens", 1 << 24))]
-        if how.command == "evaluate":
-            return ["lite", "evaluate", str(folder), "--against", str(folder),
-                    "--quant-policy", "8", *judged]
-        return [
-            "lite", how.command, str(folder), "--work-dir", str(self._target(folder, how.suffix)),
-            "--calib-dataset", self._data(dataset, text, write),
-            "--calib-samples", str(_count(samples, "calib_samples", 1 << 16)),
-            "--calib-seqlen", str(_count(seqlen, "calib_seqlen", 1 << 20)), *judged]
-
-    def _target(self, folder: Path, suffix: str) -> Path:
-        """A folder among the results that is not there yet."""
-        first = path = results_dir() / f"{folder.name}-{suffix}"
-        number = 1
-        while path.exists():
-            number += 1
-            path = first.with_name(f"{first.name}-{number}")
-        return path
-
-    def _data(self, dataset: str, text: str, write: bool) -> str:
-        if dataset in DATASETS:
-            return dataset
-        if dataset != OWN:
-            raise UserError(t("error.not_offered", value=repr(dataset)[:60]), field="calib_dataset")
-        text = text if isinstance(text, str) else ""
-        if write and not text.strip():
-            raise UserError(t("quantize.no_text"))
-        if len(text) > MAX_TEXT:
-            raise UserError(t("quantize.long_text", most=MAX_TEXT))
-        name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        path = data_dir() / "texts" / f"{name}.txt"
-        if write:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        return str(path)
+    def _seconds_before(self, argv: Sequence[str]) -> float | None:
+        """How long the same job took the last time; None if it was never run to its end."""
+        same = _without_target(argv)
+        for job in self.store.list():
+            if job.kind == "quantize" and job.state == "finished" and job.ended:
+                if _without_target(job.argv[:len(argv)]) == same:
+                    return job.ended - job.started
+        return None
 
 
-def _count(value: Any, name: str, most: int) -> int:
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
-    if not whole or not 1 <= value <= most:
-        raise UserError(t("quantize.number", name=name, most=most), field=name)
-    return int(value)
+def _without_target(argv: Sequence[str]) -> list[str]:
+    words = list(argv)
+    if "--work-dir" in words:
+        at = words.index("--work-dir")
+        del words[at:at + 2]
+    return words

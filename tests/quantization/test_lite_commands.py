@@ -16,7 +16,7 @@ import app
 from backend.errors import UserError
 from backend.target import BUNDLED_MODEL
 from quantize import data
-from quantize.lite import calibration_settings
+from quantize.flags import calibration_settings
 from tests.tiny_model import make_checkpoint
 from tests.unit.test_awq import edit_config, quantize_checkpoint
 
@@ -334,3 +334,19 @@ def test_an_error_is_an_event_too(here, capfd):
     told = events(said.out)
     assert told[-1]["event"] == "error" and "does not exist" in told[-1]["message"]
     assert said.err.startswith("lmdesk: ")
+
+
+@pytest.mark.parametrize("command", ["auto_awq", "smooth_quant"])
+def test_a_plan_writes_nothing(command, tiny, here, capfd):
+    assert app.main(["lite", command, str(tiny), *SMALL, "--plan"]) == 0
+    said = capfd.readouterr().out
+    assert "for one block at a time" in said and "target   " in said and "cpu, float32" in said
+    assert not list(here.iterdir())
+    assert app.main(["lite", "evaluate", str(tiny), "--device", "cpu", "--plan"]) == 0
+    assert "target" not in capfd.readouterr().out
+
+
+def test_a_plan_is_refused_as_the_job_would_be(tiny, here, refused):
+    (here / "tiny-awq").mkdir()
+    (here / "tiny-awq" / "mine").touch()
+    assert "exists already" in refused("auto_awq", tiny, *SMALL, "--plan")

@@ -30,6 +30,7 @@ FLOORS = {
     "backend.chat": 30,
     "backend.model_library": 30,
     "backend.jobs": 30,
+    "backend.quick_command": 31,
     "backend.remote": 30,
     "quantize": 30,
     "quantize.guide": 45,  # times what is served, too
