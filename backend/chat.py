@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -90,8 +90,8 @@ class ChatBackend(Protocol):
         *,
         stop: Sequence[str] = (),
         model: str | None = None,
-    ) -> AsyncIterator[Delta]:
-        """Deltas of one reply. Closing the iterator aborts the request at once."""
+    ) -> AsyncGenerator[Delta, None]:
+        """Deltas of one reply. Closing the generator aborts the request at once."""
 
 
 class ChatService:

@@ -139,7 +139,7 @@ class _Console:
     async def receive(self, pieces: list[str]) -> str:
         """One attempt at `reply`."""
         line = ""
-        async with aclosing(self.backend.stream(self.messages, self.sampling)) as deltas:  # type: ignore[type-var]
+        async with aclosing(self.backend.stream(self.messages, self.sampling)) as deltas:
             async for delta in deltas:
                 if delta.text:
                     pieces.append(delta.text)

@@ -23,6 +23,7 @@ from backend.memory import gpu_memory
 from backend.workspace.layout import tensor_para_size, text_folder, weights_folder
 
 PROJECT = Path(__file__).resolve().parents[1]
+PROCESS_BYTES = 500 << 20  # an engine's own: PyTorch's on a CPU, the context on a GPU
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,7 @@ def fit(footprint: Footprint, config: EngineConfig, freed: int = 0) -> Fit:
         UserError: the KV cache that is asked for does not fit, or has no room for a conversation.
     """
     bits = config.kv_cache_bits or footprint.dtype_bits
-    by_token = bool(config.kv_cache_bits) and not footprint.static_kv
-    size = bytes_per_token(
-        footprint.num_layers, footprint.num_kv_heads, footprint.head_dim, bits, by_token
-    )
+    size = _token_bytes(footprint, config)
     longest = config.session_len or footprint.longest
     step = 0 if footprint.device == "cpu" else _step_bytes(footprint, config)
     free = max(footprint.free + freed - footprint.weight_bytes, 0)
@@ -131,6 +129,21 @@ def fit(footprint: Footprint, config: EngineConfig, freed: int = 0) -> Fit:
         footprint, bits, size, blocks * block, usable_session_len(blocks, block, longest),
         int(max(min(free * share, free - step), 0)) // size,
     )  # fmt: skip
+
+
+def taken(footprint: Footprint, config: EngineConfig) -> int:
+    """About how many bytes an engine takes whose KV cache is given in `kv_cache_tokens`."""
+    pool = (config.kv_cache_tokens or 0) * _token_bytes(footprint, config)
+    return footprint.weight_bytes + pool + _step_bytes(footprint, config) + PROCESS_BYTES
+
+
+def _token_bytes(footprint: Footprint, config: EngineConfig) -> int:
+    """Of a token in the KV cache."""
+    bits = config.kv_cache_bits or footprint.dtype_bits
+    by_token = bool(config.kv_cache_bits) and not footprint.static_kv
+    return bytes_per_token(
+        footprint.num_layers, footprint.num_kv_heads, footprint.head_dim, bits, by_token
+    )
 
 
 def _step_bytes(footprint: Footprint, config: EngineConfig) -> int:

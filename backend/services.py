@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from backend.chat import ChatBackend, ChatService
+from backend.compare import ComparisonRoom
 from backend.data_dir import data_dir, results_dir
 from backend.engine.launcher import Handle, ProcessHandle
 from backend.engine_manager import EngineManager, LoadRequest, open_chat
@@ -30,6 +31,7 @@ class Services:
         jobs: long tasks; None where there is no page that could start them.
         library: the models that a page may offer; None as with `jobs`.
         history: the page's chats; in memory, until a page is served that keeps them on disk.
+        comparisons: of models, some of them with engines of their own.
     """
 
     chat: ChatBackend
@@ -38,6 +40,7 @@ class Services:
     jobs: JobStore | None = None
     library: ModelLibrary | None = None
     history: History = field(default_factory=History)
+    comparisons: ComparisonRoom = field(default_factory=ComparisonRoom)
 
     @property
     def remote(self) -> bool:
@@ -65,6 +68,7 @@ class Services:
 
     async def stop(self) -> None:
         """End the engine, open replies with an error, and the template's process."""
+        await self.comparisons.close()
         if self.engines:
             await self.engines.stop()
 
@@ -115,7 +119,7 @@ def local_services(
     current = open_chat(request, launch) if load else None
     engines = EngineManager(
         current, launch, defaults=request.options, request=request if load else None)
-    return Services(engines, engines)
+    return Services(engines, engines, comparisons=ComparisonRoom(engines, launch))
 
 
 def add_desk(services: Services, bundled: Path, model_dirs: Sequence[str] = ()) -> None:

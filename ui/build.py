@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from backend.services import Services
 from ui import forms, theme
 from ui.chat_tab import ChatTab
+from ui.compare_tab import CompareTab
 from ui.config_tab import ConfigTab
 from ui.download_tab import DownloadTab
 from ui.guide_tab import GuideTab
@@ -53,6 +54,7 @@ TABS: tuple[TabEntry, ...] = (  # in the order in which they stand
     TabEntry("quantize", QuantizeTab),
     TabEntry("config", ConfigTab),
     TabEntry("chat", ChatTab, restful=True),
+    TabEntry("compare", CompareTab, restful=True),
     TabEntry("jobs", JobsTab),
 )
 FIRST = "chat"  # shown first

@@ -13,6 +13,7 @@ import gradio as gr
 from backend.chat import ChatBackend, Message
 from backend.engine.types import EngineStats
 from backend.errors import UserError
+from backend.live_reply import LiveReply
 from backend.services import Services
 from ui import chat_view
 from ui.chat_actions import EVENT, ChatActions
@@ -23,7 +24,6 @@ from ui.chat_tools import ChatTools
 from ui.context_notice import ContextNotice, turns_to_drop
 from ui.conversations import Conversation, ConversationStore, Pending
 from ui.i18n import label, locale_of, t
-from ui.live_reply import LiveReply
 from ui.owner import owner_of
 from ui.remote_panel import RemotePanel
 

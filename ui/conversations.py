@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from backend.chat import Message
 from backend.errors import UserError
 from backend.history import History, StoredChat, Turn, title_of
+from backend.live_reply import LiveReply
 from ui.i18n import t
-from ui.live_reply import LiveReply
 
 GRACE_S = 30.0  # a reply goes on for so long without anybody looking
 MAX_UNSAVED = 1000  # conversations

@@ -45,14 +45,19 @@ def defaults(recommended: Mapping[str, Any]) -> dict[str, Any]:
     return {f.name: known.get(f.name, f.default) for f in _sampling_fields()}
 
 
-def sampling_inputs(names: Sequence[str], values: Mapping[str, Any]) -> list[gr.Number]:
+def sampling_inputs(
+    names: Sequence[str], values: Mapping[str, Any], prefix: str = "sampling"
+) -> list[gr.Number]:
     """Number fields for settings of `SamplingParams`, inside the current layout block.
 
     They have no minimum or maximum of Gradio's: it would answer a value out of range with a
     sentence of its own or move it silently; `SamplingParams` says it better.
+
+    Args:
+        prefix: of their ids, which are once on a page.
     """
     by_name = {f.name: f for f in _sampling_fields()}
-    return [_number(by_name[name], values[name]) for name in names]
+    return [_number(by_name[name], values[name], f"{prefix}-{name}") for name in names]
 
 
 def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
@@ -76,14 +81,14 @@ def _sentence(f: Field[Any]) -> str:
     return text
 
 
-def _number(f: Field[Any], value: float | None) -> gr.Number:
+def _number(f: Field[Any], value: float | None, elem_id: str) -> gr.Number:
     kind, _ = base_type(typing.get_type_hints(SamplingParams)[f.name])
     return gr.Number(
         value=value,
         label=f.name,  # the field's own term, as in the API and in error messages
         info=label(help_key(f.name)),
         step=1 if kind is int else 0.05,
-        elem_id=f"sampling-{f.name}",
+        elem_id=elem_id,
         min_width=120,
     )
 

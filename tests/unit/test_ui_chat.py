@@ -14,10 +14,10 @@ from backend.chat import Delta, ReplyStats
 from backend.config import SamplingParams
 from backend.errors import UserError
 from backend.history import History, Turn
+from backend.live_reply import LiveReply
 from ui import chat_view, conversations, forms
 from ui.context_notice import turns_to_drop
 from ui.conversations import Conversation, ConversationStore, Pending
-from ui.live_reply import LiveReply
 
 
 @dataclass

@@ -38,6 +38,8 @@ class LiveReply:
         self.stats: ReplyStats | None = None
         self.stopped = False
         self.started = time.monotonic()
+        self._first = self._last = self.started  # when text came
+        self._num_tokens = 0
         self._task = asyncio.create_task(self._collect(backend, messages, sampling, model))
 
     async def _collect(
@@ -50,9 +52,25 @@ class LiveReply:
         # aclosing: a cancelled task must abort the engine's work now, not at garbage collection.
         async with aclosing(backend.stream(messages, sampling, model=model)) as deltas:
             async for delta in deltas:
+                if delta.text:
+                    self._last = time.monotonic()
+                    self._first = self._first if self._num_tokens else self._last
+                    # A server that tells no counts sends about a token a piece.
+                    self._num_tokens = delta.num_tokens or self._num_tokens + 1
                 self.text += delta.text
                 if delta.finish_reason:
                     self.finish_reason, self.stats = delta.finish_reason, delta.stats
+
+    @property
+    def so_far(self) -> ReplyStats | None:
+        """`stats`; until then, and after a stop, what can be told of the text that has come. The
+        prompt's tokens are 0 then; None before the first piece."""
+        if self.stats is not None or not self._num_tokens:
+            return self.stats
+        stats = ReplyStats(0, self._num_tokens, ttft_s=self._first - self.started)
+        if self._num_tokens > 1 and self._last > self._first:
+            stats.tokens_per_s = (self._num_tokens - 1) / (self._last - self._first)
+        return stats
 
     @property
     def done(self) -> bool:

@@ -1,0 +1,237 @@
+"""One prompt to two targets, their replies beside each other.
+
+What is served already and api_servers only chat; a model of the library is loaded for it, which is
+the host's to do: `TargetPicker.loads` tells the two apart.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import gradio as gr
+
+from backend.chat import Message
+from backend.compare import Comparison, ServedModelLeavesError
+from backend.config import SamplingParams
+from backend.errors import UserError
+from backend.services import Services
+from ui import compare_view, forms
+from ui.answer import warn
+from ui.chat_thread import FRAME_S, HEARTBEAT_S
+from ui.chat_view import LATEX_DELIMITERS
+from ui.compare_target import SERVED, Form, TargetPicker
+from ui.compare_view import Record
+from ui.i18n import label, locale_of, t
+
+SAMPLING = {"temperature": 0.0, "max_tokens": 256, "seed": None}  # greedy: only the models differ
+MAX_PROMPT = 200_000  # characters; the context is checked in tokens
+
+Updates = dict[Any, Any]
+Frames = AsyncGenerator[Updates, None]
+
+
+class SideBySide:
+    """Builds the comparison inside the current layout and wires it."""
+
+    def __init__(self, services: Services) -> None:
+        self.services, self.room = services, services.comparisons
+        self._running: dict[str, Comparison] = {}  # by browser tab
+        html: dict[str, Any] = {"apply_default_css": False}
+        with gr.Row(elem_classes="lmd-pair"):
+            self.pickers = tuple(TargetPicker(services, side) for side in ("left", "right"))
+        self.prompt = gr.Textbox(
+            label=label("compare.prompt"), placeholder=label("compare.placeholder"), lines=2,
+            max_lines=10, elem_id="compare-prompt")
+        with gr.Accordion(label("compare.settings"), open=False, elem_id="compare-settings"):
+            self.system_prompt = gr.Textbox(label=label("chat.system_prompt"), lines=2,
+                                            max_lines=8, elem_id="compare-system")
+            with gr.Row():
+                inputs = forms.sampling_inputs(list(SAMPLING), SAMPLING, "compare")
+            self.sampling = dict(zip(SAMPLING, inputs, strict=True))
+        with gr.Row(elem_classes="lmd-actions"):
+            self.go = gr.Button(label("compare.go"), elem_id="compare-go", variant="primary",
+                                size="sm")
+            self.stop = gr.Button(label("compare.stop"), elem_id="compare-stop", variant="stop",
+                                  size="sm", visible=False)
+            self.free = gr.Button(label("compare.free"), elem_id="compare-free", size="sm",
+                                  visible=False)
+        self.question = gr.HTML(elem_id="compare-question", visible=False, **html)
+        self.force = gr.Button(label("compare.force"), elem_id="compare-force", size="sm",
+                               variant="stop", visible=False)
+        self.note = gr.HTML(elem_id="compare-note", **html)
+        self.heads, self.replies, self.feet = [], [], []
+        with gr.Row(elem_classes="lmd-pair"):
+            for side in ("left", "right"):
+                with gr.Column(elem_id=f"pane-{side}", elem_classes="lmd-pane"):
+                    self.heads.append(gr.HTML(elem_id=f"pane-{side}-head", **html))
+                    self.replies.append(gr.Markdown(
+                        elem_id=f"pane-{side}-reply", line_breaks=True,
+                        latex_delimiters=LATEX_DELIMITERS))
+                    self.feet.append(gr.HTML(elem_id=f"pane-{side}-foot", **html))
+        with gr.Row(elem_classes="lmd-actions", visible=False) as self.exports:
+            self.markdown = gr.Button(label("chat.export.markdown"), size="sm",
+                                      elem_id="compare-markdown")
+            self.json = gr.Button(label("chat.export.json"), size="sm", elem_id="compare-json")
+        self.record = gr.State(None)  # of the comparison that is shown, when it has ended
+        self.file = gr.Textbox(visible=False)  # on its way to the browser's downloads
+        self._wire()
+
+    def _wire(self) -> None:
+        event: dict[str, Any] = {
+            "show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+        form = {self.prompt, self.system_prompt, *self.sampling.values(),
+                *(field for picker in self.pickers for field in picker.inputs)}
+        outputs = [self.go, self.stop, self.free, self.question, self.force, self.note,
+                   *self.heads, *self.replies, *self.feet, self.exports, self.record]
+        gr.on([self.go.click, self.prompt.submit], self.on_go, form, outputs, **event)
+        self.force.click(self.on_force, form, outputs, **event)
+        self.stop.click(self.on_stop, [], [], queue=False, **event)
+        self.free.click(self.on_free, [], [self.free], **event)
+        for button, write in ((self.markdown, self.on_markdown), (self.json, self.on_json)):
+            button.click(write, [self.record], [self.file], **event).then(
+                None, [self.file], [], js="(file) => file && window.LMDESK.download(file)")
+
+    def wire_load(self, page: gr.Blocks) -> None:
+        """Free what a browser tab has opened when it is closed."""
+        page.unload(self.on_leave)
+
+    async def on_choices(self, left: str, right: str) -> Updates:
+        """The targets that there are now."""
+        return {picker.target: await picker.on_choices(chosen)
+                for picker, chosen in zip(self.pickers, (left, right))}
+
+    # Events
+
+    async def on_go(self, form: Form, request: gr.Request) -> Frames:
+        async with aclosing(self._compare(form, request, force=False)) as frames:
+            async for updates in frames:
+                yield updates
+
+    async def on_force(self, form: Form, request: gr.Request) -> Frames:
+        async with aclosing(self._compare(form, request, force=True)) as frames:
+            async for updates in frames:
+                yield updates
+
+    async def on_stop(self, request: gr.Request) -> None:
+        # The event that draws the replies sees their end and shows it.
+        if comparison := self._running.get(request.session_hash or ""):
+            comparison.stop()
+
+    async def on_free(self, request: gr.Request) -> Updates:
+        """End the engines of this tab's comparison."""
+        await self.room.leave(request.session_hash or "")
+        return {self.free: gr.update(visible=False)}
+
+    async def on_leave(self, request: gr.Request) -> None:
+        await self.room.leave(request.session_hash or "")
+
+    async def on_markdown(self, made: Record | None, request: gr.Request) -> str:
+        return self._file("md", compare_view.as_markdown(made, locale_of(request))) if made else ""
+
+    async def on_json(self, made: Record | None) -> str:
+        return self._file("json", compare_view.as_json(made)) if made else ""
+
+    # A comparison
+
+    async def _compare(self, form: Form, request: gr.Request, force: bool) -> Frames:
+        """Ask both, and draw the replies as they grow."""
+        locale, tab = locale_of(request), request.session_hash or ""
+        try:
+            if tab in self._running:
+                raise UserError(t("compare.busy", locale))
+            messages, sampling = self._messages(form, locale), self._params(form)
+            sides = [await picker.side(form, locale) for picker in self.pickers]
+            yield {self.go: gr.update(interactive=False), self.question: gr.update(visible=False),
+                   self.force: gr.update(visible=False), self.note: self._preparing(form, locale)}
+            comparison = await self.room.start(sides, messages, sampling, tab, force=force)
+        except ServedModelLeavesError as error:
+            words = t("compare.leaves", locale, count=error.count)
+            yield {self.go: gr.update(interactive=True), self.note: "",
+                   self.question: gr.update(value=f'<p class="lmd-ask">{words}</p>', visible=True),
+                   self.force: gr.update(visible=True)}
+            return
+        except Exception as error:
+            warn(error, locale)
+            yield {self.go: gr.update(interactive=True), self.note: ""}
+            return
+        self._running[tab] = comparison
+        try:
+            async for updates in self._watch(comparison, locale):
+                yield updates
+        finally:  # also when the browser tab was closed
+            comparison.stop()
+            self._running.pop(tab, None)
+
+    async def _watch(self, comparison: Comparison, locale: str) -> Frames:
+        yield {
+            self.go: gr.update(visible=False), self.stop: gr.update(visible=True),
+            self.free: gr.update(visible=False), self.exports: gr.update(visible=False),
+            self.note: compare_view.plan_html(comparison.plan, locale), self.record: None,
+            **self._panes(comparison, locale),
+        }
+        drawn, drawn_at = self._state(comparison), time.monotonic()
+        while not comparison.ended:
+            await comparison.wait(FRAME_S)
+            now = time.monotonic()
+            if self._state(comparison) == drawn and now - drawn_at < HEARTBEAT_S:
+                continue
+            drawn, drawn_at = self._state(comparison), now
+            yield self._panes(comparison, locale)
+        made = compare_view.record(comparison, time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+        keeps = bool(self.room.spare.loads) and comparison.plan.together
+        yield {
+            self.go: gr.update(visible=True, interactive=True), self.stop: gr.update(visible=False),
+            self.free: gr.update(visible=keeps and any(p.side.load for p in comparison.panes)),
+            self.exports: gr.update(visible=True), self.record: made,
+            **self._panes(comparison, locale),
+        }
+
+    def _state(self, comparison: Comparison) -> list[Any]:
+        return [(pane.state, len(pane.live.text) if pane.live else 0) for pane in comparison.panes]
+
+    def _panes(self, comparison: Comparison, locale: str) -> Updates:
+        updates: Updates = {}
+        for pane, head, reply, foot in zip(
+                comparison.panes, self.heads, self.replies, self.feet, strict=True):
+            updates[head] = compare_view.head_html(pane, locale)
+            updates[reply] = compare_view.reply_markdown(pane)
+            updates[foot] = compare_view.foot_html(pane, locale)
+        return updates
+
+    def _preparing(self, form: Form, locale: str) -> str:
+        """While it is found out what memory holds."""
+        loads = any(picker.loads(form) for picker in self.pickers)
+        words = t("compare.preparing", locale) if loads else ""
+        return f'<p class="lmd-quiet lmd-busy" role="status">{words}</p>' if words else ""
+
+    def _messages(self, form: Form, locale: str) -> list[Message]:
+        texts = [form[self.system_prompt] or "", form[self.prompt] or ""]
+        if not all(isinstance(text, str) and len(text) <= MAX_PROMPT for text in texts):
+            raise UserError(t("compare.long_prompt", locale, most=MAX_PROMPT))
+        if not texts[1].strip():
+            raise UserError(t("error.empty_message", locale))
+        roles = zip(("system", "user"), texts)
+        return [{"role": role, "content": text} for role, text in roles if text.strip()]
+
+    def _params(self, form: Form) -> SamplingParams:
+        return forms.sampling_params({name: form[field] for name, field in self.sampling.items()})
+
+    def _file(self, ending: str, text: str) -> str:
+        return json.dumps({"name": f"comparison.{ending}", "text": text})
+
+    # For other tabs
+
+    async def preset(self, left: str, right: str, right_kv: int | None = None) -> Updates:
+        """The fields with these two; folders of models, or `SERVED`."""
+        updates: Updates = {}
+        for picker, chosen, kv in zip(self.pickers, (left, right), (None, right_kv)):
+            updates[picker.target] = await picker.on_choices(chosen)
+            updates[picker.kv] = gr.update(
+                value="default" if kv is None else str(kv), visible=chosen != SERVED)
+            updates[picker.server] = gr.update(visible=False)
+            updates[picker.model] = gr.update(visible=self.services.remote and chosen == SERVED)
+        return updates
