@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from backend.chat import ChatBackend, Message, ReplyStats
 from backend.config import SamplingParams
@@ -40,7 +40,9 @@ class LiveReply:
         self.started = time.monotonic()
         self._first = self._last = self.started  # when text came
         self._num_tokens = 0
+        self._begun = asyncio.Event()  # there is text, or there never will be
         self._task = asyncio.create_task(self._collect(backend, messages, sampling, model))
+        self._task.add_done_callback(lambda _: self._begun.set())
 
     async def _collect(
         self,
@@ -57,7 +59,8 @@ class LiveReply:
                     self._first = self._first if self._num_tokens else self._last
                     # A server that tells no counts sends about a token a piece.
                     self._num_tokens = delta.num_tokens or self._num_tokens + 1
-                self.text += delta.text
+                    self.text += delta.text
+                    self._begun.set()
                 if delta.finish_reason:
                     self.finish_reason, self.stats = delta.finish_reason, delta.stats
 
@@ -85,6 +88,11 @@ class LiveReply:
     async def wait(self, seconds: float | None = None) -> None:
         """Return when the reply is finished, at the latest after `seconds`, if any."""
         await asyncio.wait({self._task}, timeout=seconds)
+
+    async def wait_begun(self, seconds: float) -> None:
+        """Return when there is text, or never will be; at the latest after `seconds`."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._begun.wait(), seconds)
 
     def error(self) -> BaseException | None:
         """What ended the reply early; None if nothing did, or a stop. Only when `done`."""

@@ -58,6 +58,9 @@ TABS: tuple[TabEntry, ...] = (  # in the order in which they stand
     TabEntry("jobs", JobsTab),
 )
 FIRST = "chat"  # shown first
+# At a time, of all open pages together: a reply in the making takes one. Gradio's 40 would let a
+# class of forty that all wait for replies do nothing else.
+MAX_EVENTS = 1000
 
 
 def build_ui(services: Services) -> gr.Blocks:
@@ -71,6 +74,7 @@ def build_ui(services: Services) -> gr.Blocks:
             tabs = _build_tabs(entries, services)
         for tab in tabs:
             tab.wire_load(page)
+    page.max_threads = MAX_EVENTS
     # Gradio's own default is one event at a time, one student at a time.
     return page.queue(default_concurrency_limit=None, max_size=None, api_open=False)
 

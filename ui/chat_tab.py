@@ -21,8 +21,8 @@ from ui.chat_list import ChatList
 from ui.chat_settings import ChatSettings
 from ui.chat_thread import ChatThread, Form, Frames, Updates
 from ui.chat_tools import ChatTools
-from ui.context_notice import ContextNotice, turns_to_drop
-from ui.conversations import Conversation, ConversationStore, Pending
+from ui.context_notice import ContextNotice, ContextUse, context_use, turns_to_drop
+from ui.conversations import Conversation, ConversationStore
 from ui.i18n import label, locale_of, t
 from ui.owner import owner_of
 from ui.remote_panel import RemotePanel
@@ -52,11 +52,11 @@ class ChatTab:
             *self.list.inputs, *self.settings.inputs,
             *(self.remote.inputs if self.remote else ()),
         }
-        self.outputs = [
-            *self.thread.outputs, *self.notice.outputs, *self.list.outputs, self.title,
-            self.delete, self.meter, self.box, self.returned, self.send, self.stop, self.asked,
-            self.going_on,
-        ]
+        # Few, for Gradio makes every output of an event anew that the event has no value for.
+        self.begun = [
+            *self.thread.outputs, *self.notice.outputs, self.meter, self.box, self.returned,
+            self.send, self.stop, self.asked, self.going_on]
+        self.outputs = [*self.begun, *self.list.outputs, self.title, self.delete]
         self._wire()
 
     # Layout
@@ -88,7 +88,7 @@ class ChatTab:
                     label("chat.stop"), elem_id="stop", variant="stop", size="sm", visible=False)
                 self.send = gr.Button(
                     label("chat.send"), elem_id="send", variant="primary", size="sm")
-        self.conversation_id = gr.Textbox(visible=False)
+        self.conversation_id = gr.Textbox(visible=False, elem_id="conversation-id")
         self.returned = gr.Textbox(visible=False)  # an unsent message on its way back to the box
         self.asked = gr.State(None)  # (user's message, turns to keep) that the notice is about
         self.going_on = gr.State("")  # the chat that may fill its context, as the user said
@@ -97,24 +97,31 @@ class ChatTab:
         self.give_back: dict[str, Any] = {
             "fn": None, "inputs": [self.box, self.returned], "outputs": [self.box],
             "js": "(box, returned) => box || returned"}
-        notice = self.notice
-        replies = [
-            gr.on([self.box.submit, self.send.click], self.on_send, self.form, self.outputs,
-                  **EVENT),
-            self.thread.chatbot.example_select(
-                self.on_example, self.form, self.outputs, **EVENT),
-            self.thread.chatbot.retry(self.on_retry, self.form, self.outputs, **EVENT),
-            self.thread.chatbot.edit(self.on_edit, self.form, self.outputs, **EVENT),
-            notice.go_on.click(self.on_go_on, self.form, self.outputs, **EVENT),
-            notice.drop.click(self.on_drop, self.form, self.outputs, **EVENT),
-        ]
-        for reply in replies:
-            reply.then(**self.give_back)
-        self.thread.chatbot.undo(self.on_undo, self.form, self.outputs, **EVENT).then(
-            **self.give_back)
+        chatbot, notice = self.thread.chatbot, self.notice
+        begin: dict[str, Any] = {"inputs": self.form, "outputs": self.begun, **EVENT}
+        drawn = [self.draws(event) for event in (
+            gr.on([self.box.submit, self.send.click], self.on_send, **begin),
+            chatbot.example_select(self.on_example, **begin),
+            chatbot.retry(self.on_retry, **begin),
+            chatbot.edit(self.on_edit, **begin),
+            notice.go_on.click(self.on_go_on, **begin),
+            notice.drop.click(self.on_drop, **begin),
+        )]
+        chatbot.undo(self.on_undo, self.form, self.outputs, **EVENT).then(**self.give_back)
         self.stop.click(self.on_stop, [self.conversation_id], [], queue=False, **EVENT)
         self.toggle.click(None, js="() => window.LMDESK.toggleChats()")
-        self.actions = ChatActions(self, replies)
+        self.actions = ChatActions(self, drawn)
+
+    def draws(self, begun: Any) -> Any:
+        """After the event `begun`, draw the reply that is being written, if one is, and then what
+        has become of it; returns the event that draws."""
+        # Texts as they are: Gradio's postprocessing would be a thread's work for every output of
+        # every frame.
+        drawing = begun.then(
+            self.on_draw, [self.conversation_id], [*self.thread.live_outputs, self.returned],
+            postprocess=False, **EVENT)
+        drawing.then(self.on_show, self.form, self.outputs, **EVENT).then(**self.give_back)
+        return drawing
 
     def wire_load(self, page: gr.Blocks) -> None:
         """Show the tab's conversation when the page is opened or reloaded."""
@@ -122,87 +129,44 @@ class ChatTab:
         if self.remote:
             self.remote.wire_load(page)
 
-    # Events
+    # Events that begin a reply
 
-    async def on_send(self, form: Form, request: gr.Request) -> Frames:
-        async with aclosing(self._reply(form, request, form[self.box])) as frames:
-            async for updates in frames:
-                yield updates
+    async def on_send(self, form: Form, request: gr.Request) -> Updates:
+        return await self._begin(form, request, form[self.box])
 
-    async def on_example(self, form: Form, event: gr.SelectData, request: gr.Request) -> Frames:
-        async with aclosing(self._reply(form, request, event.value["text"])) as frames:
-            async for updates in frames:
-                yield updates
+    async def on_example(self, form: Form, event: gr.SelectData, request: gr.Request) -> Updates:
+        return await self._begin(form, request, event.value["text"])
 
-    async def on_retry(self, form: Form, request: gr.Request) -> Frames:
-        conversation = await self.open(form, request)
-        if not conversation.turns:  # the page shows what the server has forgotten
-            yield await self.at_rest(form, request)
-            return
-        last = len(conversation.turns) - 1
-        user = conversation.turns[last].user
-        async with aclosing(self._reply(form, request, user, keep=last)) as frames:
-            async for updates in frames:
-                yield updates
+    async def on_retry(self, form: Form, request: gr.Request) -> Updates:
+        turns = (await self.open(form, request)).turns
+        if not turns:  # the page shows what the server has forgotten
+            return {self.returned: ""}
+        return await self._begin(form, request, turns[-1].user, keep=len(turns) - 1)
 
-    async def on_edit(self, form: Form, event: gr.EditData, request: gr.Request) -> Frames:
+    async def on_edit(self, form: Form, event: gr.EditData, request: gr.Request) -> Updates:
         conversation = await self.open(form, request)
         turn = chat_view.turn_of_message(conversation, locale_of(request), event.index)
         if turn is None:
-            yield await self.at_rest(form, request)
-            return
-        async with aclosing(self._reply(form, request, event.value, keep=turn)) as frames:
-            async for updates in frames:
-                yield updates
+            return {self.returned: ""}
+        return await self._begin(form, request, event.value, keep=turn)
 
-    async def on_go_on(self, form: Form, request: gr.Request) -> Frames:
+    async def on_go_on(self, form: Form, request: gr.Request) -> Updates:
         user, keep = form[self.asked] or ("", 0)
         form[self.going_on] = form[self.conversation_id]
-        async with aclosing(self._reply(form, request, user, keep=keep)) as frames:
-            async for updates in frames:
-                yield updates
+        return await self._begin(form, request, user, keep=keep)
 
-    async def on_drop(self, form: Form, request: gr.Request) -> Frames:
+    async def on_drop(self, form: Form, request: gr.Request) -> Updates:
         user, keep = form[self.asked] or ("", 0)
         conversation = await self.open(form, request)
         if not conversation.busy and user:
             dropped = await turns_to_drop(self.backend(form), conversation, keep, user)
             await self.store.drop(conversation, dropped)
-        async with aclosing(self._reply(form, request, user, keep=keep)) as frames:
-            async for updates in frames:
-                yield updates
+        return await self._begin(form, request, user, keep=keep)
 
-    async def on_undo(self, form: Form, request: gr.Request) -> Updates:
-        conversation = await self.open(form, request)
-        if conversation.busy:
-            self.warn(UserError(t("error.busy", locale_of(request))), request)
-            return {self.returned: ""}
-        undone = await self.store.undo(conversation)
-        return {**await self.at_rest(form, request), self.returned: undone}
-
-    async def on_stop(self, conversation_id: str, request: gr.Request) -> None:
-        # The event that draws the reply sees its end and shows it.
-        await self.store.stop(await self.store.open(
-            self.owner(conversation_id, request), conversation_id))
-
-    async def on_attach(self, form: Form, request: gr.Request) -> Frames:
-        """Draw the reply that is being written already, if one is."""
-        conversation = await self.open(form, request)
-        if conversation.pending is None:
-            yield {self.returned: ""}
-            return
-        async with aclosing(
-            self._watch(form, request, conversation, conversation.pending)
-        ) as frames:
-            async for updates in frames:
-                yield updates
-
-    # A reply
-
-    async def _reply(
+    async def _begin(
         self, form: Form, request: gr.Request, user: str, *, keep: int | None = None
-    ) -> Frames:
-        """Draw the reply to `user` after the first `keep` turns (all of them) as it grows.
+    ) -> Updates:
+        """Begin the reply to `user` after the first `keep` turns (all of them).
 
         `user` leaves the message box if it stands there; what becomes no turn goes back there.
         """
@@ -214,50 +178,29 @@ class ChatTab:
             conversation.system_prompt = form[self.settings.system_prompt] or ""
             conversation.sampling = self.settings.values(form)
             keep = len(conversation.turns) if keep is None else keep
-            if form[self.going_on] != conversation.id and (notice := await self._notice(
-                    backend, conversation, keep, user, locale)):
-                yield {**notice, self.asked: (user, keep), self.returned: ""}
-                return
+            messages = conversation.messages(keep, user)
+            use = await self._use(backend, messages)
+            if form[self.going_on] != conversation.id and use.nearly_full:
+                droppable = keep > conversation.dropped
+                return {**self.notice.shown(use, droppable, locale), self.asked: (user, keep),
+                        self.returned: ""}
             self._check(conversation, user, locale)  # meanwhile another tab may have asked
             model = self.remote.model(form) if self.remote else None
-            live = LiveReply(backend, conversation.messages(keep, user), sampling, model)
-            pending = self.store.begin(conversation, user, keep, live)
+            self.store.begin(
+                conversation, user, keep, LiveReply(backend, messages, sampling, model))
         except UserError as error:
             self.warn(error, request)
-            yield {self.returned: ""}
-            return
-        async with aclosing(self._watch(form, request, conversation, pending)) as frames:
-            async for updates in frames:
-                yield updates
-
-    async def _watch(
-        self, form: Form, request: gr.Request, conversation: Conversation, pending: Pending
-    ) -> Frames:
-        """Draw a reply as it grows, and the tab at rest when it has ended."""
-        locale = locale_of(request)
-        with self.store.watching(pending):
-            yield {
-                **self.thread.begun(conversation, pending, locale),
-                **self.notice.hidden(),
-                self.send: gr.update(visible=False),
-                self.stop: gr.update(visible=True),
-                self.going_on: form[self.going_on],
-                self.asked: None,
-                self.returned: "",
-                **({self.box: ""} if form[self.box] == pending.user else {}),
-            }
-            asked = conversation.messages(pending.keep, pending.user)
-            yield {self.meter: await self._meter(asked, form, locale)}
-            frames = self.thread.frames(pending, locale, self._queue)
-            async with aclosing(frames):
-                async for updates in frames:
-                    yield updates
-            await pending.settled.wait()
-        for error in (pending.live.error(), pending.trouble):
-            if error is not None:
-                self.warn(error, request)
-        yield {**await self.at_rest(form, request),
-               self.returned: pending.user if pending.lost else ""}
+            return {self.returned: ""}
+        return {
+            **self.thread.now(conversation, locale),
+            **self.notice.hidden(),
+            **self._buttons(conversation),
+            self.meter: chat_view.meter_html(use, locale),
+            self.going_on: form[self.going_on],
+            self.asked: None,
+            self.returned: "",
+            **({self.box: ""} if form[self.box] == user else {}),
+        }
 
     def _check(self, conversation: Conversation, user: str, locale: str) -> None:
         if self.store.is_busy(conversation):
@@ -265,16 +208,46 @@ class ChatTab:
         if not isinstance(user, str) or not user.strip():
             raise UserError(t("error.empty_message", locale))
 
-    async def _notice(
-        self, backend: ChatBackend, conversation: Conversation, keep: int, user: str, locale: str
-    ) -> Updates:
-        try:
-            return await self.notice.updates(backend, conversation, keep, user, locale)
-        except UserError:  # no model, or no server: the reply will say so
-            return {}
+    # Events that show one
+
+    async def on_draw(self, chat_id: str, request: gr.Request) -> Frames:
+        """Draw the reply that is being written as it grows; of one that failed, say why."""
+        locale = locale_of(request)
+        conversation = await self.store.open(self.owner(chat_id, request), chat_id)
+        pending = self.store.reply_of(conversation)
+        if pending is None:
+            yield {**self.thread.no_reply(), self.returned: ""}
+            return
+        with self.store.watching(pending):
+            async with aclosing(self.thread.frames(pending, locale, self._queue)) as frames:
+                async for frame in frames:
+                    yield {**frame, self.returned: ""}
+            await pending.settled.wait()
+        for error in pending.troubles():
+            self.warn(error, request)
+        yield {**self.thread.frame(pending.live.text),
+               self.returned: pending.user if pending.lost else ""}
+
+    async def on_show(self, form: Form, request: gr.Request) -> Updates:
+        return await self.now(form, request)
 
     async def _queue(self) -> EngineStats | None:
         return None if self.remote else (await self.services.chat.status()).stats
+
+    # Other events
+
+    async def on_undo(self, form: Form, request: gr.Request) -> Updates:
+        conversation = await self.open(form, request)
+        if conversation.busy:
+            self.warn(UserError(t("error.busy", locale_of(request))), request)
+            return {self.returned: ""}
+        undone = await self.store.undo(conversation)
+        return {**await self.now(form, request), self.returned: undone}
+
+    async def on_stop(self, conversation_id: str, request: gr.Request) -> None:
+        # The event that draws the reply sees its end and shows it.
+        await self.store.stop(await self.store.open(
+            self.owner(conversation_id, request), conversation_id))
 
     # What the parts share
 
@@ -290,42 +263,39 @@ class ChatTab:
         """What answers; before the page has a form, the default."""
         return self.remote.backend(form) if self.remote and form else self.services.chat
 
-    async def at_rest(self, form: Form, request: gr.Request) -> Updates:
-        """The tab with all finished turns."""
-        conversation = await self.open(form, request)
-        return await self.shown(
-            conversation, form, locale_of(request), form[self.list.search], form[self.list.shown])
+    async def now(self, form: Form, request: gr.Request) -> Updates:
+        """The tab as it should look now: the notice stays until it is answered."""
+        shown = await self.shown(
+            await self.open(form, request), form, locale_of(request), form[self.list.search],
+            form[self.list.shown])
+        return shown if form[self.asked] else {**shown, **self.notice.hidden()}
 
     async def shown(
         self, conversation: Conversation, form: Form | None, locale: str, search: str, count: float
     ) -> Updates:
         """The tab with the conversation's turns, beside the owner's others."""
-        messages = conversation.messages()
-        listed, meter = await asyncio.gather(
+        listed, use = await asyncio.gather(
             self.list.updates(conversation.owner, conversation.id, search, count),
-            self._meter(messages, form, locale))
+            self._use(self.backend(form), conversation.messages_now()))
         return {
-            **self.thread.at_rest(conversation, locale),
-            **self.notice.hidden(),
+            **self.thread.now(conversation, locale),
+            **self._buttons(conversation),
             **listed,
             self.title: gr.update(
                 value=conversation.title, interactive=bool(conversation.title)),
             self.delete: gr.update(visible=bool(conversation.title)),
-            self.meter: meter,
-            self.send: gr.update(visible=not conversation.busy),
-            self.stop: gr.update(visible=conversation.busy),
+            self.meter: chat_view.meter_html(use, locale),
         }
 
-    async def _meter(self, messages: list[Message], form: Form | None, locale: str) -> str:
+    def _buttons(self, conversation: Conversation) -> Updates:
+        return {self.send: gr.update(visible=not conversation.busy),
+                self.stop: gr.update(visible=conversation.busy)}
+
+    async def _use(self, backend: ChatBackend, messages: list[Message]) -> ContextUse:
         try:
-            backend = self.backend(form)
-            tokens = await backend.count_tokens(messages) if messages else 0
-            if tokens is None or self.remote:
-                return chat_view.meter_html(tokens, None, locale)
-            info = (await backend.status()).info
-        except UserError:  # no model, or no server: the status bar says so
-            return ""
-        return chat_view.meter_html(tokens, info.session_len if info else None, locale)
+            return await context_use(backend, messages)
+        except UserError:  # no model, or no server: the status bar says so, and a reply will
+            return ContextUse(None, None)
 
     def warn(self, error: BaseException, request: gr.Request) -> None:
         """A toast with a sentence that helps; what only a programmer understands is logged."""

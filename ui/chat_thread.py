@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 
 from backend.engine.types import EngineStats
+from backend.live_reply import LiveReply
 from ui import chat_view
 from ui.conversations import Conversation, Pending
 from ui.i18n import label
@@ -44,61 +45,66 @@ class ChatThread:
                 latex_delimiters=chat_view.LATEX_DELIMITERS,
                 placeholder=label("chat.empty"),
             )
-            with gr.Accordion(
-                label("chat.reasoning_live"), open=False, visible=False, elem_id="live-reasoning"
-            ) as self.reasoning:
+            # The style sheet shows it when there are thoughts.
+            with gr.Accordion(label("chat.reasoning_live"), open=False, elem_id="live-reasoning"):
                 self.thoughts = self._markdown("live-thoughts")
             self.live = self._markdown("live")
             self.turn_stats = gr.HTML(elem_id="turn-stats", apply_default_css=False)
-        self.outputs = (
-            self.chatbot, self.reasoning, self.thoughts, self.live, self.turn_stats)
+        # A growing reply draws nothing else: see `ChatTab.begun`.
+        self.live_outputs = (self.thoughts, self.live)
+        self.outputs = (self.chatbot, *self.live_outputs, self.turn_stats)
 
     def _markdown(self, elem_id: str) -> gr.Markdown:
         return gr.Markdown(
             elem_id=elem_id, line_breaks=True, latex_delimiters=chat_view.LATEX_DELIMITERS)
 
-    def at_rest(self, conversation: Conversation, locale: str) -> Updates:
-        """All finished turns."""
-        return {
-            self.chatbot: chat_view.chat_messages(conversation, locale),
-            self.reasoning: gr.update(visible=False),
-            self.thoughts: "",
-            self.live: "",
-            self.turn_stats: chat_view.stats_html(conversation, locale),
-        }
-
-    def begun(self, conversation: Conversation, pending: Pending, locale: str) -> Updates:
-        """The turns before a reply, and a sign that it is coming."""
+    def now(self, conversation: Conversation, locale: str) -> Updates:
+        """All finished turns, or those before the reply that is being written."""
+        pending = conversation.pending
+        if pending is None:
+            return {
+                self.chatbot: chat_view.chat_messages(conversation, locale),
+                **self.no_reply(),
+                self.turn_stats: chat_view.stats_html(conversation, locale),
+            }
         return {
             self.chatbot: chat_view.chat_messages(
                 conversation, locale, keep=pending.keep, user=pending.user),
-            self.live: chat_view.waiting_html(0, None, locale),
+            **(self.frame(pending.live.text) if pending.live.text else
+               self._waiting(pending.live, None, locale)),
+            self.turn_stats: chat_view.stats_html(conversation, locale),
         }
+
+    def no_reply(self) -> Updates:
+        """None is being written."""
+        return {self.thoughts: "", self.live: ""}
+
+    def frame(self, text: str) -> Updates:
+        """What has come of a reply."""
+        thoughts, answer = chat_view.split_reasoning(text)
+        return {self.thoughts: thoughts, self.live: answer}
+
+    def _waiting(self, live: LiveReply, stats: EngineStats | None, locale: str) -> Updates:
+        seconds = time.monotonic() - live.started
+        return {self.thoughts: "", self.live: chat_view.waiting_html(seconds, stats, locale)}
 
     async def frames(
         self, pending: Pending, locale: str, queue: Callable[[], Awaitable[EngineStats | None]]
     ) -> Frames:
-        """What changes while the reply grows, until it ends.
+        """How the reply grows, until it ends.
 
         Args:
             queue: the engine's figures, asked while there is no text.
         """
-        live, drawn, drawn_at, thinks = pending.live, "", 0.0, False
+        live, drawn, drawn_at = pending.live, "", 0.0
         while not live.done:
-            await live.wait(FRAME_S)
+            if not live.text:
+                await live.wait_begun(HEARTBEAT_S)
+                if not live.text and not live.done:
+                    yield self._waiting(live, await queue(), locale)
+                continue
             now = time.monotonic()
-            if live.text == drawn and now - drawn_at < HEARTBEAT_S:
-                continue
-            drawn, drawn_at = live.text, now
-            if not drawn:
-                stats = await queue()
-                yield {self.live: chat_view.waiting_html(now - live.started, stats, locale)}
-                continue
-            thoughts, answer = chat_view.split_reasoning(drawn)
-            updates: Updates = {self.live: answer}
-            if thoughts:
-                updates[self.thoughts] = thoughts
-            if bool(thoughts) != thinks:
-                thinks = bool(thoughts)
-                updates[self.reasoning] = gr.update(visible=thinks)
-            yield updates
+            if live.text != drawn or now - drawn_at >= HEARTBEAT_S:
+                drawn, drawn_at = live.text, now
+                yield self.frame(drawn)
+            await live.wait(FRAME_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from backend.engine.types import EngineStats
 from backend.history import Turn
@@ -18,6 +18,17 @@ LATEX_DELIMITERS = [
     {"left": "\\(", "right": "\\)", "display": False},
 ]
 NEARLY_FULL = 0.85  # of the context; from here on the meter warns
+
+
+class ContextUse(NamedTuple):
+    """Tokens of a prompt, and how many it and the reply may have together; None: not knowable."""
+
+    tokens: int | None
+    limit: int | None
+
+    @property
+    def nearly_full(self) -> bool:
+        return bool(self.tokens and self.limit) and self.tokens >= NEARLY_FULL * self.limit
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
@@ -115,18 +126,18 @@ def _json(value: Any) -> str:
     return html.escape(json.dumps(value, ensure_ascii=False))
 
 
-def meter_html(tokens: int | None, limit: int | None, locale: str) -> str:
+def meter_html(use: ContextUse, locale: str) -> str:
     """The context meter; empty when the count is not knowable."""
+    tokens, limit = use
     if tokens is None:
         return ""
     if not limit:
         return f'<div class="lmd-meter">{t("meter.tokens", locale, tokens=tokens)}</div>'
-    share = min(tokens / limit, 1.0)
-    full = share >= NEARLY_FULL
+    full = use.nearly_full
     hint = t("meter.nearly_full" if full else "meter.hint", locale)
     text = t("meter.of", locale, tokens=tokens, limit=limit)
     return (
         f'<div class="lmd-meter{" lmd-full" if full else ""}" title="{html.escape(hint)}">'
-        f'<span class="lmd-track"><span style="width:{share * 100:.1f}%"></span></span>'
+        f'<span class="lmd-track"><span style="width:{min(tokens / limit, 1):.1%}"></span></span>'
         f"<span>{text}</span></div>"
     )

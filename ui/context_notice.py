@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
-from backend.chat import ChatBackend
-from ui.chat_view import NEARLY_FULL
+from backend.chat import ChatBackend, Message
+from ui.chat_view import ContextUse
 from ui.conversations import Conversation
 from ui.i18n import label, t
 
@@ -31,24 +32,31 @@ class ContextNotice:
     def hidden(self) -> dict[Any, Any]:
         return {self.panel: gr.update(visible=False)}
 
-    async def updates(
-        self, backend: ChatBackend, conversation: Conversation, keep: int, user: str, locale: str
-    ) -> dict[Any, Any]:
-        """The panel, if `user` would nearly fill the context; {} while there is room."""
-        limit = await context_limit(backend)
-        tokens = await backend.count_tokens(conversation.messages(keep, user)) if limit else None
-        if not limit or tokens is None or tokens < NEARLY_FULL * limit:
-            return {}
-        text = t("context.notice", locale, tokens=tokens, limit=limit)
+    def shown(self, use: ContextUse, droppable: bool, locale: str) -> dict[Any, Any]:
+        """The panel, with what a message would make of the context.
+
+        Args:
+            droppable: there are turns that could be dropped.
+        """
+        text = t("context.notice", locale, tokens=use.tokens, limit=use.limit)
         return {
             self.panel: gr.update(visible=True),
             self.text: f'<div role="alert">{html.escape(text)}</div>',
-            self.drop: gr.update(visible=keep > conversation.dropped),
+            self.drop: gr.update(visible=droppable),
         }
 
 
-async def context_limit(backend: ChatBackend) -> int | None:
-    """Tokens that prompt and reply may have together; None if that is not known."""
+async def context_use(backend: ChatBackend, messages: Sequence[Message]) -> ContextUse:
+    """What the messages take of the context.
+
+    Raises:
+        UserError: nothing answers, or the template refuses them.
+    """
+    tokens = await backend.count_tokens(messages) if messages else 0
+    return ContextUse(tokens, None if tokens is None else await _limit(backend))
+
+
+async def _limit(backend: ChatBackend) -> int | None:
     info = (await backend.status()).info
     return info.session_len if info else None
 
@@ -57,7 +65,7 @@ async def turns_to_drop(
     backend: ChatBackend, conversation: Conversation, keep: int, user: str
 ) -> int:
     """How many turns at the beginning to leave out, so that `ROOM` of the context is free."""
-    limit = await context_limit(backend) or 0
+    limit = await _limit(backend) or 0
     fewest, most = conversation.dropped, keep
     while fewest < most:  # the more are dropped, the shorter it is
         middle = (fewest + most) // 2

@@ -46,6 +46,10 @@ class Pending:
         """Whether nothing came, so that there is no turn."""
         return not self.live.text and not self.live.finish_reason
 
+    def troubles(self) -> list[BaseException]:
+        """What its user should be told, once settled."""
+        return [error for error in (self.live.error(), self.trouble) if error is not None]
+
 
 @dataclass(slots=True, eq=False)
 class Conversation(StoredChat):
@@ -56,12 +60,21 @@ class Conversation(StoredChat):
     pending: Pending | None = None
 
     @property
+    def key(self) -> tuple[str, str]:
+        return self.owner, self.id
+
+    @property
     def busy(self) -> bool:
         return self.pending is not None
 
     @property
     def saved(self) -> bool:
         return all(turn.id is not None for turn in self.turns)
+
+    def messages_now(self) -> list[Message]:
+        """With the question that is being answered, if one is."""
+        return self.messages(self.pending.keep, self.pending.user) if self.pending else (
+            self.messages())
 
     def messages(
         self, keep: int | None = None, user: str | None = None, dropped: int | None = None
@@ -97,6 +110,7 @@ class ConversationStore:
         self.history = history
         self._sleep = sleep
         self._held: dict[tuple[str, str], Conversation] = {}
+        self._untold: dict[tuple[str, str], Pending] = {}  # ended with nobody looking, see reply_of
 
     async def open(self, owner: str, chat_id: str) -> Conversation:
         """The owner's conversation of that id, a new one if there is none.
@@ -122,13 +136,20 @@ class ConversationStore:
         The caller has made sure that the conversation is not `busy`, and not awaited since.
         """
         pending = conversation.pending = Pending(user, keep, live)
-        self._held[conversation.owner, conversation.id] = conversation
+        self._held[conversation.key] = conversation
+        self._untold.pop(conversation.key, None)
+        pending.leaving = asyncio.create_task(self._abandon(pending))  # until somebody looks
         pending.ending = asyncio.create_task(self._see_to_end(conversation, pending))
         return pending
 
+    def reply_of(self, conversation: Conversation) -> Pending | None:
+        """The reply that is being written, or else one that failed with nobody looking: that is
+        told once."""
+        return conversation.pending or self._untold.pop(conversation.key, None)
+
     def is_busy(self, conversation: Conversation) -> bool:
         """Whether a reply is being written to it, be it from another tab."""
-        held = self._held.get((conversation.owner, conversation.id))
+        held = self._held.get(conversation.key)
         return conversation.busy or held is not None and held.busy
 
     @contextmanager
@@ -171,6 +192,10 @@ class ConversationStore:
             pending.trouble = error
         finally:
             conversation.pending = None
+            if not pending.viewers and (pending.lost or pending.troubles()):
+                self._untold[conversation.key] = pending
+                for key in list(self._untold)[:-MAX_UNSAVED]:
+                    del self._untold[key]
             self._release(conversation)
             pending.settled.set()
 
@@ -190,7 +215,7 @@ class ConversationStore:
 
     def _release(self, conversation: Conversation) -> None:
         if conversation.saved:
-            self._held.pop((conversation.owner, conversation.id), None)
+            self._held.pop(conversation.key, None)
         unsaved = [key for key, held in self._held.items() if not held.busy]
         for key in unsaved[:-MAX_UNSAVED]:
             del self._held[key]
@@ -217,4 +242,5 @@ class ConversationStore:
     async def delete(self, conversation: Conversation) -> None:
         await self.stop(conversation)
         await asyncio.to_thread(self.history.delete, conversation.owner, conversation.id)
-        self._held.pop((conversation.owner, conversation.id), None)
+        self._held.pop(conversation.key, None)
+        self._untold.pop(conversation.key, None)

@@ -158,7 +158,7 @@ def test_a_reply_ends_when_nobody_came_back_in_time() -> None:
         pending = begin(store, await store.open(ANNA, CHAT), backend, "q", 0)
         with store.watching(pending):
             await until(lambda: bool(pending.live.text))
-        await until(lambda: clock.asked == [conversations.GRACE_S])
+        await until(lambda: clock.asked[-1:] == [conversations.GRACE_S])
         assert not pending.live.done  # it goes on, unseen
         clock.over.set()
         await pending.settled.wait()
@@ -174,7 +174,7 @@ def test_who_comes_back_in_time_finds_the_reply_and_a_whole_new_grace() -> None:
         pending = begin(store, await store.open(ANNA, CHAT), Backend(["a"], hangs=True), "q", 0)
         with store.watching(pending):
             pass
-        await until(lambda: len(clock.asked) == 1)
+        await until(lambda: len(clock.asked) == 1)  # the one that began with the reply never did
         found = (await store.open(ANNA, CHAT)).pending
         assert found is pending
         with store.watching(pending), store.watching(pending):  # two tabs
@@ -186,6 +186,33 @@ def test_who_comes_back_in_time_finds_the_reply_and_a_whole_new_grace() -> None:
         await until(lambda: len(clock.asked) == 2)
         assert not pending.live.done
         await store.stop(await store.open(ANNA, CHAT))
+    run(test)
+
+
+def test_a_reply_that_nobody_ever_looks_at_ends_too() -> None:
+    async def test() -> None:
+        clock = Clock()
+        store = ConversationStore(History(), clock.sleep)
+        pending = begin(store, await store.open(ANNA, CHAT), Backend(["a"], hangs=True), "q", 0)
+        await until(lambda: clock.asked == [conversations.GRACE_S])
+        clock.over.set()
+        await pending.settled.wait()
+        assert pending.live.stopped
+    run(test)
+
+
+def test_what_failed_before_anybody_looked_is_told_once() -> None:
+    async def test() -> None:
+        store = ConversationStore(History())
+        pending = begin(store, await store.open(ANNA, CHAT), Backend([], error=UserError("No.")),
+                        "q", 0)
+        await pending.settled.wait()
+        conversation = await store.open(ANNA, CHAT)
+        found = store.reply_of(conversation)
+        assert found is pending and found.lost and [str(e) for e in found.troubles()] == ["No."]
+        assert store.reply_of(conversation) is None
+        await begin(store, conversation, Backend(["fine"]), "q", 0).settled.wait()
+        assert store.reply_of(await store.open(ANNA, CHAT)) is None
     run(test)
 
 
@@ -314,8 +341,19 @@ def test_stats_line() -> None:
 
 
 def test_meter_warns_when_nearly_full() -> None:
-    assert chat_view.meter_html(None, 100, "en") == ""
-    assert "lmd-full" not in chat_view.meter_html(50, 100, "en")
-    assert "lmd-full" in chat_view.meter_html(90, 100, "en")
-    assert "width:100.0%" in chat_view.meter_html(190, 100, "en")
-    assert "7 tokens" in chat_view.meter_html(7, None, "en")
+    def meter(tokens: int | None, limit: int | None) -> str:
+        return chat_view.meter_html(chat_view.ContextUse(tokens, limit), "en")
+
+    assert meter(None, 100) == ""
+    assert "lmd-full" not in meter(50, 100)
+    assert "lmd-full" in meter(90, 100)
+    assert "width:100.0%" in meter(190, 100)
+    assert "7 tokens" in meter(7, None)
+
+
+def test_a_class_that_waits_for_replies_leaves_room_for_other_events() -> None:
+    from backend.services import Services
+    from tests.e2e.fake_chat import FakeChat
+    from ui.build import MAX_EVENTS, build_ui
+
+    assert build_ui(Services(FakeChat()))._queue.max_thread_count == MAX_EVENTS > 40
