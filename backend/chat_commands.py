@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from backend import config
@@ -46,11 +45,13 @@ def add_commands(group: Any) -> None:
 def add_api_client(kinds: Any) -> None:
     """Add api_client to argparse's subparsers of `serve`."""
     text = f"chat in the terminal with a running api_server: {KEYS}"
-    examples = ("serve api_client http://127.0.0.1:23333",)
+    examples = ("serve api_client http://127.0.0.1:23333",
+                "serve api_client http://127.0.0.1:23333 --session-id 1")
     sub = add_command(kinds, "api_client", text, run_api_client, SamplingParams, examples=examples)
     sub.add_argument("model", metavar="URL", help="of the server, such as http://127.0.0.1:23333")
-    text = "taken for LMDeploy's users; the conversation is kept here, and has no number"
-    sub.add_argument("--session-id", type=int, help=text)
+    text = ("have the server keep the conversation under this number, so that other clients with "
+            "the same key can go on with it; default: it is kept here")
+    sub.add_argument("--session-id", type=int, metavar="N", help=text)
     _conversation(sub)
 
 
@@ -63,6 +64,9 @@ def _conversation(sub: argparse.ArgumentParser) -> None:
 async def run_chat(args: argparse.Namespace) -> int:
     """Chat in the terminal, until the user leaves."""
     from backend.console import chat
+    from backend.conversation import Conversation, OwnConversation
+    from backend.remote import RemoteChat
+    from backend.remote_session import RemoteSession
 
     services = open_services(args, args.api_key)
     defaults = {"max_tokens": 512, **services.sampling_defaults}
@@ -70,7 +74,11 @@ async def run_chat(args: argparse.Namespace) -> int:
     async with services:
         await services.ready()
         await services.chat.models()  # a dead server is told now, not after the first message
-        await chat(services.chat, sampling, system=args.system)
+        number = getattr(args, "session_id", None)
+        conversation: Conversation = OwnConversation(services.chat, args.system)
+        if number is not None and isinstance(services.chat, RemoteChat):
+            conversation = RemoteSession(services.chat, number, args.system)
+        await chat(conversation, sampling)
     return 0
 
 
@@ -82,9 +90,6 @@ async def run_api_client(args: argparse.Namespace) -> int:
             f"Write it like http://127.0.0.1:23333; a model by itself: python app.py chat "
             f"{args.model}",
         )
-    if args.session_id is not None:
-        print("lmdesk: --session-id is left out: the conversation is kept here, not by the server.",
-              file=sys.stderr)
     return await run_chat(args)
 
 

@@ -10,8 +10,9 @@ import sys
 from contextlib import aclosing
 from typing import TextIO
 
-from backend.chat import ChatBackend, Message, ReplyStats
+from backend.chat import ReplyStats
 from backend.config import SamplingParams
+from backend.conversation import Conversation
 from backend.errors import EngineNotReadyError, UserError
 
 PROMPT = "\ndouble enter to end input >>> "
@@ -23,10 +24,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 async def chat(
-    backend: ChatBackend,
+    conversation: Conversation,
     sampling: SamplingParams,
     *,
-    system: str | None = None,
     stdin: TextIO | None = None,
     stdout: TextIO | None = None,
 ) -> None:
@@ -36,13 +36,13 @@ async def chat(
 
     Raises:
         KeyboardInterrupt: Ctrl-C at the prompt.
-        UserError: the output cannot be written to.
+        UserError: the conversation cannot begin, or the output cannot be written to.
     """
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         given = stdin or sys.stdin or io.StringIO()  # a closed input is one that ends at once
-        console = _Console(backend, sampling, system, given, stdout or sys.stdout)
+        console = _Console(conversation, sampling, given, stdout or sys.stdout)
         await console.run()
     finally:
         signal.signal(signal.SIGINT, before)
@@ -50,13 +50,12 @@ async def chat(
 
 class _Console:
     def __init__(
-        self, backend: ChatBackend, sampling: SamplingParams, system: str | None,
+        self, conversation: Conversation, sampling: SamplingParams,
         stdin: TextIO, stdout: TextIO,
     ) -> None:
-        self.backend, self.sampling = backend, sampling
+        self.conversation, self.sampling = conversation, sampling
         self.stdin, self.stdout = stdin, stdout
-        self.opening: list[Message] = [{"role": "system", "content": system}] if system else []
-        self.messages = list(self.opening)
+        self.written = False  # a part of the reply that is coming
         self.at_terminal = stdin.isatty() and stdout.isatty()
         for stream in (stdin, stdout):  # what the terminal cannot show or said wrongly is no crash
             if isinstance(stream, io.TextIOWrapper):
@@ -67,12 +66,23 @@ class _Console:
     async def run(self) -> None:
         if self.at_terminal:
             self.write(INTRODUCTION + "\n")
+        if what := await self.conversation.begin():
+            self.note(what)
         while (text := self.read()) is not None and text.strip() != "exit":
             if text.strip() == "end":
-                self.messages = list(self.opening)
-                self.note("A new conversation.")
+                await self.end()
             else:
                 await self.turn(text)
+        if what := self.conversation.farewell():
+            self.note(what)
+
+    async def end(self) -> None:
+        try:
+            await self.conversation.end()
+        except UserError as error:
+            self.note(str(error))
+        else:
+            self.note("A new conversation.")
 
     def read(self) -> str | None:
         """A message: lines up to an empty one. None at the end of the input.
@@ -101,17 +111,15 @@ class _Console:
         return line.rstrip("\r\n") if line else None
 
     async def turn(self, text: str) -> None:
-        """One message and its reply, which Ctrl-C stops. What failed is not remembered."""
-        self.messages.append({"role": "user", "content": text})
-        pieces: list[str] = []
+        """One message and its reply, which Ctrl-C stops."""
         loop = asyncio.get_running_loop()
-        reply = asyncio.ensure_future(self.reply(pieces))
+        reply = asyncio.ensure_future(self.reply(text))
         loop.add_signal_handler(signal.SIGINT, reply.cancel)
+        self.written = False
         try:
             stats = await reply
         except UserError as error:
-            self.note(str(error), begin="\n" if pieces else "")
-            pieces.clear()
+            self.note(str(error), begin="\n" if self.written else "")
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():  # not by Ctrl-C: all of this shall end
@@ -121,28 +129,24 @@ class _Console:
             self.note(stats, begin="\n")
         finally:
             loop.remove_signal_handler(signal.SIGINT)  # back to KeyboardInterrupt
-        if pieces:
-            self.messages.append({"role": "assistant", "content": "".join(pieces)})
-        else:
-            self.messages.pop()
 
-    async def reply(self, pieces: list[str]) -> str:
-        """Show the reply as it comes, and gather it in `pieces`; returns the line below it."""
+    async def reply(self, text: str) -> str:
+        """Show the reply as it comes; returns the line below it."""
         try:
-            return await self.receive(pieces)
+            return await self.receive(text)
         except EngineNotReadyError as error:
             self.note(error.message)
-            while (await self.backend.status()).state in ("loading", "restarting"):
+            while (await self.conversation.backend.status()).state in ("loading", "restarting"):
                 await asyncio.sleep(0.1)
-            return await self.receive(pieces)
+            return await self.receive(text)
 
-    async def receive(self, pieces: list[str]) -> str:
+    async def receive(self, text: str) -> str:
         """One attempt at `reply`."""
         line = ""
-        async with aclosing(self.backend.stream(self.messages, self.sampling)) as deltas:
+        async with aclosing(self.conversation.say(text, self.sampling)) as deltas:
             async for delta in deltas:
                 if delta.text:
-                    pieces.append(delta.text)
+                    self.written = True
                     self.write(_CONTROL.sub("", delta.text))
                 if delta.stats is not None:
                     line = describe(delta.stats)
@@ -167,5 +171,7 @@ def describe(stats: ReplyStats) -> str:
     """Counts and times of a reply, in one line."""
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     speed = f", {stats.tokens_per_s:.1f} tokens/s" if stats.tokens_per_s else ""
-    return (f"[prompt {stats.prompt_tokens} tokens{cached}, reply {stats.completion_tokens} "
-            f"tokens, first after {stats.ttft_s:.2f} s{speed}]")
+    # A server's session does not tell how long its prompt is.
+    prompt = f"prompt {stats.prompt_tokens} tokens{cached}, " if stats.prompt_tokens else ""
+    return (f"[{prompt}reply {stats.completion_tokens} tokens, first after "
+            f"{stats.ttft_s:.2f} s{speed}]")

@@ -10,6 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -83,7 +84,7 @@ class RemoteChat:
         Raises:
             RemoteError, AuthError, OverloadedError: see `_failure`.
         """
-        data = _json(await self._get("/v1/models"))
+        data = as_json(await self.get("/v1/models"))
         entries = data.get("data") if isinstance(data, dict) else None
         if not isinstance(entries, list):
             raise self._no_server()
@@ -188,8 +189,12 @@ class RemoteChat:
                 raise self._failure(error) from error
             yield chunk
 
-    async def _get(self, path: str) -> httpx2.Response:
-        """A successful answer, whole within `GET_SECONDS`."""
+    async def get(self, path: str) -> httpx2.Response:
+        """A successful answer, whole within `GET_SECONDS`.
+
+        Raises:
+            UserError, RemoteError, AuthError, OverloadedError: see `_failure`.
+        """
         try:
             async with asyncio.timeout(GET_SECONDS):
                 response = await self._http.get(self.url + path)
@@ -199,6 +204,24 @@ class RemoteChat:
             raise self._refusal(response)
         return response
 
+    @asynccontextmanager
+    async def post_for_lines(
+        self, path: str, body: dict[str, Any]
+    ) -> AsyncIterator[AsyncIterator[str]]:
+        """The lines of a successful answer as they come, without the empty ones.
+
+        Raises:
+            UserError, RemoteError, AuthError, OverloadedError: see `_failure`.
+        """
+        try:
+            async with self._http.stream("POST", self.url + path, json=body) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    raise self._refusal(response)
+                yield (line async for line in response.aiter_lines() if line.strip())
+        except (httpx2.HTTPError, TimeoutError) as error:
+            raise self._failure(error) from error
+
     async def _ask_status(self) -> ServiceStatus:
         try:
             names = await self.models()
@@ -206,7 +229,7 @@ class RemoteChat:
             return ServiceStatus("unreachable", "", str(error))
         model = names[0] if names else ""
         try:
-            data = _json(await self._get("/api/status"))
+            data = as_json(await self.get("/api/status"))
             status = msgspec.convert(data, ServiceStatus)
             status.model, status.detail = clean(status.model), clean(status.detail)
             return status
@@ -220,7 +243,7 @@ class RemoteChat:
 
     async def _check_health(self) -> None:
         try:
-            await self._get("/health")
+            await self.get("/health")
         except UserError as error:
             if error.status >= 500 and error.code != NO_SERVER:  # many have no /health
                 raise
@@ -293,7 +316,12 @@ def clean(text: str, limit: int = 500) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text[:limit]).split())
 
 
-def _json(response: httpx2.Response) -> Any:
+def printable(text: str) -> str:
+    """Without the half surrogate pairs that JSON can smuggle, which no terminal can show."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def as_json(response: httpx2.Response) -> Any:
     """Its JSON; None if it has none."""
     try:
         return json.loads(response.content)
@@ -303,7 +331,7 @@ def _json(response: httpx2.Response) -> Any:
 
 def _error_of(response: httpx2.Response) -> tuple[str | None, str]:
     """(message, code) of OpenAI's {"error": {...}}, or of FastAPI's and LMDeploy's ways."""
-    data = _json(response)
+    data = as_json(response)
     error = data.get("error", data) if isinstance(data, dict) else None
     if isinstance(error, str):
         return clean(error), ""
@@ -344,8 +372,7 @@ def _choice(chunk: Any) -> tuple[str, str | None]:
     choice = choices[0] if isinstance(choices, list) and choices else None
     text = getattr(getattr(choice, "delta", None), "content", None)
     reason = getattr(choice, "finish_reason", None)
-    # JSON can smuggle half surrogate pairs, which no page and no terminal can show.
-    shown = text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
+    shown = printable(text) if isinstance(text, str) else ""
     return shown, reason if isinstance(reason, str) else None
 
 

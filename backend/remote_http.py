@@ -13,6 +13,11 @@ import httpx2
 from backend.errors import RemoteError, UserError
 
 MAX_EVENT_BYTES = 1 << 20  # of one event of a stream, and of any other answer
+# What ends an event, by the kind of stream: OpenAI's, and LMDeploy's lines of JSON.
+EVENT_ENDS = {
+    "text/event-stream": (b"\n\n", b"\r\n\r\n", b"\r\r"),
+    "application/x-ndjson": (b"\n",),
+}
 # What the environment has OpenAI's client send besides (keys, organisation) is not for this server.
 HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length",
            "transfer-encoding", "user-agent"}
@@ -93,21 +98,23 @@ def bounded_client(
 
 
 class _BoundedStream(httpx2.AsyncByteStream):
-    """Refuses more than `limit` bytes without a blank line, the end of an event.
+    """Refuses more than `limit` bytes without one of `ends`, which end an event.
 
-    Where there are no events, in answers that are no streams, it bounds the whole.
+    Where there are none, in answers that are no streams, it bounds the whole.
     """
 
-    def __init__(self, inner: httpx2.AsyncByteStream, events: bool, limit: int) -> None:
-        self._inner, self._events, self._limit = inner, events, limit
+    def __init__(
+        self, inner: httpx2.AsyncByteStream, ends: tuple[bytes, ...], limit: int
+    ) -> None:
+        self._inner, self._ends, self._limit = inner, ends, limit
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         pending, tail = 0, b""
         async for chunk in self._inner:
             seen = tail + chunk  # a blank line may lie across chunks
-            ends = [at for mark in (b"\n\n", b"\r\n\r\n", b"\r\r") if (at := seen.rfind(mark)) >= 0]
+            ends = [at for mark in self._ends if (at := seen.rfind(mark)) >= 0]
             pending += len(chunk)
-            if self._events and ends:
+            if ends:
                 pending = len(seen) - max(ends)
             if pending > self._limit:
                 raise RemoteError("The api_server sent too much at once.", "Check the URL.")
@@ -122,13 +129,13 @@ def _bound(response: httpx2.Response, max_bytes: int) -> None:
     """Called with every answer, before its body is read."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise RemoteError("The api_server sent a compressed answer, which it was told not to.")
-    kind = response.headers.get("content-type", "")
+    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     # Only replies are read piece by piece; all else is held in memory as a whole.
-    events = (response.request.method == "POST" and response.status_code == 200
-              and kind.startswith("text/event-stream"))
+    is_reply = response.request.method == "POST" and response.status_code == 200
+    ends = EVENT_ENDS.get(kind, ()) if is_reply else ()
     assert isinstance(response.stream, httpx2.AsyncByteStream)
-    limit = MAX_EVENT_BYTES if events else max_bytes
-    response.stream = _BoundedStream(response.stream, events, limit)
+    limit = MAX_EVENT_BYTES if ends else max_bytes
+    response.stream = _BoundedStream(response.stream, ends, limit)
 
 
 def _checked_host(host: str, text: str) -> str:

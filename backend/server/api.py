@@ -120,6 +120,7 @@ def create_app(
                       openapi_extra=body_schema(protocol.CompletionRequest))
     app.add_api_route("/v1/chat/interactive", lmdeploy.interactive, methods=["POST"],
                       openapi_extra=body_schema(lmdeploy_protocol.InteractiveRequest))
+    app.add_api_route("/v1/chat/interactive", lmdeploy.history, methods=["GET"])
     app.add_api_route("/v1/encode", lmdeploy.encode, methods=["POST"],
                       openapi_extra=body_schema(lmdeploy_protocol.EncodeRequest))
     app.add_api_route("/metrics", metrics_text, methods=["GET"])

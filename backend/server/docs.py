@@ -106,6 +106,7 @@ _ROUTES = (
     ("POST", "/v1/chat/completions", "the assistant's next turn"),
     ("POST", "/v1/completions", "the continuation of a text"),
     ("POST", "/v1/chat/interactive", "LMDeploy's: the next turn of a conversation kept here"),
+    ("GET", "/v1/chat/interactive?session_id=N", "what was said in it, as <code>messages</code>"),
     ("POST", "/v1/encode", "LMDeploy's: the token ids of a text"),
     ("GET", "/v1/models", "the served model"),
     ("GET", "/v1/models/{model}", "the same, by its name"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -122,6 +123,18 @@ class InteractiveRequest(Strict):
         if self.request_output_len is not None:
             given["max_tokens"] = self.request_output_len
         return SamplingParams(**{**defaults, **given})
+
+
+def session_number(text: str | None) -> int:
+    """A session's number in a query.
+
+    Raises:
+        UserError: it is none.
+    """
+    if text is None or not re.fullmatch(r"[0-9]{1,18}", text):
+        raise UserError("session_id must be the number of a session.", "Write ?session_id=1.",
+                        field="session_id")
+    return int(text)
 
 
 class EncodeRequest(Strict):

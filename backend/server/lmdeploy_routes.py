@@ -16,7 +16,12 @@ from backend.server.auth import caller
 from backend.server.body import read_json
 from backend.server.failures import describe
 from backend.server.limits import Admission
-from backend.server.lmdeploy_protocol import NO_SESSION, EncodeRequest, InteractiveRequest
+from backend.server.lmdeploy_protocol import (
+    NO_SESSION,
+    EncodeRequest,
+    InteractiveRequest,
+    session_number,
+)
 from backend.server.metrics import Metrics
 from backend.server.sessions import Sessions, Turn
 from backend.server.strict import parse
@@ -60,6 +65,11 @@ class LMDeployRoutes:
         elif body.prompt:
             await self._add(key, body)
         return JSONResponse(_piece("", 0, None))
+
+    async def history(self, request: Request) -> Response:
+        """What was said in a conversation that the server keeps."""
+        number = session_number(request.query_params.get("session_id"))
+        return JSONResponse({"messages": self.sessions.messages(caller(request), number)})
 
     async def encode(self, request: Request) -> Response:
         """Token ids of a text, or of each of several."""

@@ -100,6 +100,11 @@ class Sessions:
         if session and session.turn:
             session.turn.cancel()
 
+    def messages(self, key: str, number: int) -> list[Message]:
+        """What was said in a conversation, without the turn that is being answered."""
+        session = self._find(key, number)
+        return list(session.messages) if session else []
+
     def _find(self, key: str, number: int) -> Session | None:
         """The session, if it is there; the forgotten ones are not."""
         own = self._by_key.get(key, {})

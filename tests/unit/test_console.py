@@ -18,6 +18,7 @@ import pytest
 from backend.chat import ChatService, Delta, Message, ReplyStats, ServiceStatus
 from backend.config import EngineConfig, SamplingParams
 from backend.console import chat
+from backend.conversation import OwnConversation
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.launcher import ProcessHandle
 from backend.errors import ContextLengthError, EngineNotReadyError, UserError
@@ -67,7 +68,8 @@ class Backend:
 
 def talk(backend: Backend, script: str, system: str | None = None) -> str:
     out = io.StringIO()
-    asyncio.run(chat(backend, SAMPLING, system=system, stdin=io.StringIO(script), stdout=out))
+    conversation = OwnConversation(backend, system)
+    asyncio.run(chat(conversation, SAMPLING, stdin=io.StringIO(script), stdout=out))
     return out.getvalue()
 
 
@@ -157,7 +159,7 @@ def test_ctrl_c_at_the_prompt_leaves() -> None:
     before = signal.getsignal(signal.SIGINT)
     backend, out = Backend(["A"]), io.StringIO()
     with pytest.raises(KeyboardInterrupt):
-        asyncio.run(chat(backend, SAMPLING, stdin=Interrupted(), stdout=out))
+        asyncio.run(chat(OwnConversation(backend), SAMPLING, stdin=Interrupted(), stdout=out))
     assert (out.getvalue(), backend.seen) == ("", [])
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -166,7 +168,8 @@ def test_cancelling_the_chat_itself_ends_it() -> None:
     async def main() -> None:
         backend = Backend(["x", lambda: task.cancel()])
         task = asyncio.ensure_future(
-            chat(backend, SAMPLING, stdin=io.StringIO("hi\n\n"), stdout=io.StringIO()))
+            chat(OwnConversation(backend), SAMPLING, stdin=io.StringIO("hi\n\n"),
+                 stdout=io.StringIO()))
         with pytest.raises(asyncio.CancelledError):
             await task
         assert backend.closed == 1
@@ -179,7 +182,7 @@ def test_wrong_bytes_are_no_crash(tmp_path: Path) -> None:
     backend = Backend(["你好"])
     with open(tmp_path / "in", encoding="utf-8") as given, \
             open(tmp_path / "out", "w", encoding="ascii") as out:
-        asyncio.run(chat(backend, SAMPLING, stdin=given, stdout=out))
+        asyncio.run(chat(OwnConversation(backend), SAMPLING, stdin=given, stdout=out))
     assert backend.seen == [[("user", "caf\ufffd")]]
     assert (tmp_path / "out").read_bytes().startswith(b"??\n")
 
@@ -210,7 +213,8 @@ def test_an_engine_that_dies_while_the_user_types_is_back_by_itself() -> None:
         await engine.start()
         try:
             await engine.wait_ready()
-            await chat(service, SamplingParams(max_tokens=5), stdin=typist, stdout=out)
+            sampling = SamplingParams(max_tokens=5)
+            await chat(OwnConversation(service), sampling, stdin=typist, stdout=out)
         finally:
             await engine.stop()
 
@@ -226,19 +230,21 @@ def test_closed_input_and_broken_output(monkeypatch: pytest.MonkeyPatch) -> None
             raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr(sys, "stdin", None)
-    asyncio.run(chat(Backend(), SAMPLING, stdout=io.StringIO()))
+    asyncio.run(chat(OwnConversation(Backend()), SAMPLING, stdout=io.StringIO()))
     backend = Backend(["A", "B"])
     with pytest.raises(UserError, match="cannot be written out: Broken pipe."):
-        asyncio.run(chat(backend, SAMPLING, stdin=io.StringIO("hi\n\n"), stdout=Broken()))
+        asyncio.run(chat(OwnConversation(backend), SAMPLING, stdin=io.StringIO("hi\n\n"),
+                         stdout=Broken()))
     assert backend.closed == 1
 
 
 SESSION = """
 import asyncio, sys
 from backend.console import chat
+from backend.conversation import OwnConversation
 from tests.unit.test_console import SAMPLING, Backend
 try:
-    asyncio.run(chat(Backend(["Hi ", print, "never"], ["Again"]), SAMPLING))
+    asyncio.run(chat(OwnConversation(Backend(["Hi ", print, "never"], ["Again"])), SAMPLING))
 except KeyboardInterrupt:
     sys.exit(130)
 """

@@ -35,6 +35,8 @@ FLOORS = {
     "backend.jobs": 30,
     "backend.quick_command": 31,
     "backend.remote": 30,
+    "backend.conversation": 31,
+    "backend.remote_session": 31,
     "quantize": 30,
     "quantize.guide": 45,  # times what is served, too
     "quantize.commands": 46,
