@@ -65,7 +65,7 @@ class ServiceStatus:
 
     state: Literal["unloaded", "loading", "ready", "restarting", "failed", "unreachable"]
     model: str
-    detail: str = ""  # a sentence for a person, when the state is not "ready"
+    detail: str = ""  # a sentence for a person: why it is not "ready", or what is to be known
     info: ModelInfo | None = None
     stats: EngineStats | None = None
     memory: MemoryStatus | None = None

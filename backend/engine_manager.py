@@ -7,10 +7,11 @@ model's tokenizer or engine for one request takes `require()` once, and keeps to
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from backend.chat import ChatService, Delta, Message, ServiceStatus
@@ -22,6 +23,8 @@ from backend.engine.launcher import Handle, ProcessHandle
 from backend.errors import EngineNotReadyError, UserError
 from backend.tokenizer import Tokenizer, sampling_defaults
 from backend.workspace.settings import engine_options, model_name
+
+logger = logging.getLogger(__name__)
 
 UNLOADED = "No model is loaded."
 
@@ -91,7 +94,9 @@ class EngineManager:
         self.current = current
         self.request = request
         self.defaults = dict(defaults or {})
+        self.notice = ""  # what became of the last change, if it was not what was asked for
         self._launch = launch
+        self._watch: asyncio.Task[None] | None = None
         self._changing = ""  # the model that another gives way to at this moment
         self._lock = asyncio.Lock()
 
@@ -124,7 +129,8 @@ class EngineManager:
         force: bool = False,
     ) -> ChatService:
         """Serve another model instead; returns when it is being loaded, `wait_ready` of its engine
-        waits. The old one leaves the memory before the new one enters it.
+        waits. The old one leaves the memory before the new one enters it; if the new one then turns
+        out not to load, the old one comes back as it was, and `notice` says so.
 
         Args:
             model, chat: see `LoadRequest`. Paths from a page go through `ModelLibrary.checked`
@@ -142,12 +148,15 @@ class EngineManager:
         request = LoadRequest(model, chosen, chat or ChatConfig())
         self._check_unused(force)
         service = await asyncio.to_thread(open_chat, request, self._launch)
+        before = self._as_it_is()
         try:
             await self._change(service, request, force)
         except BaseException:
             if self.current is not service:
                 service.template.close()
             raise
+        if before is not None:
+            self._watch = asyncio.create_task(self._restore_if_failed(service, *before))
         return service
 
     async def unload(self, *, force: bool = False) -> None:
@@ -183,7 +192,8 @@ class EngineManager:
             return ServiceStatus("loading", self._changing, "The model before it is leaving.")
         if self.current is None:
             return ServiceStatus("unloaded", "", UNLOADED)
-        return await self.current.status()
+        status = await self.current.status()
+        return replace(status, detail=self.notice) if status.state == "ready" else status
 
     async def count_tokens(self, messages: Sequence[Message]) -> int | None:
         return await self.require().count_tokens(messages)
@@ -222,11 +232,42 @@ class EngineManager:
             try:
                 what = f"to load {chat.model_name}" if chat else "for now"
                 await self.stop(f"The model was unloaded {what}.")
-                self.current, self.request = chat, request
+                self.current, self.request, self.notice = chat, request, ""
                 if chat is not None:
                     await chat.engine.start()
             finally:
                 self._changing = ""
+
+    def _as_it_is(self) -> tuple[LoadRequest, LoadRequest] | None:
+        """What is served, ready: how it was asked for, and the same with the settings that it has
+        now, whatever its config.ini says by then. None if there is nothing to come back to."""
+        if self.current is None or self.request is None or self.current.engine.state != "ready":
+            return None
+        options = asdict(self.current.engine.config)
+        del options["model"]
+        return self.request, replace(self.request, options=options)
+
+    async def _restore_if_failed(
+        self, service: ChatService, request: LoadRequest, settings: LoadRequest
+    ) -> None:
+        try:
+            await service.engine.wait_ready()
+            return
+        except UserError as error:
+            reason = str(error)
+        try:
+            if self.current is not service:
+                return  # somebody has chosen again
+            before = await asyncio.to_thread(open_chat, settings, self._launch)
+            if self.current is not service:
+                before.template.close()
+                return
+            await self._change(before, request, force=True)
+        except UserError as error:
+            logger.warning("%s cannot be served again: %s", settings.model, error)
+            return
+        self.notice = (f"{service.model_name} could not be loaded: {reason} "
+                       f"{before.model_name} is served again.")
 
 
 def open_chat(request: LoadRequest, launch: Callable[[], Handle] = ProcessHandle) -> ChatService:

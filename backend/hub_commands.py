@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from backend.hub.plan import Hub, Plan
 
 MAX_TOKEN_BYTES = 4096
+EVENT_EVERY_S = 1.0
 
 
 def add_command(commands: Any) -> None:
@@ -70,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             print(describe(plan), file=sys.stderr)
         if args.plan:
             return 0
-        folder = fetch(hub, plan, _report) if events else fetch_visibly(hub, plan)
+        folder = fetch(hub, plan, Reports()) if events else fetch_visibly(hub, plan)
     except UserError as error:
         if events:
             _event("error", message=error.message, hint=error.hint, code=error.code)
@@ -192,10 +196,26 @@ def read_token(path: str | None) -> str | None:
     return text.strip()
 
 
-def _report(progress: Progress) -> None:
-    eta = progress.eta_s
-    _event("step", file=progress.file, done=progress.done, total=progress.total,
-           bytes_per_s=round(progress.bytes_per_s), eta_s=None if eta is None else round(eta, 1))
+class Reports:
+    """Progress as events: one a second, for a download of hours is a file of them.
+
+    Args:
+        clock: seconds from any origin.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last = -math.inf
+
+    def __call__(self, progress: Progress) -> None:
+        now = self._clock()
+        if now - self._last < EVENT_EVERY_S and progress.done < progress.total:
+            return
+        self._last = now
+        eta = progress.eta_s
+        _event("step", file=progress.file, done=progress.done, total=progress.total,
+               bytes_per_s=round(progress.bytes_per_s),
+               eta_s=None if eta is None else round(eta, 1))
 
 
 def _event(name: str, **values: Any) -> None:

@@ -58,6 +58,7 @@ TABS: tuple[TabEntry, ...] = (  # in the order in which they stand
     TabEntry("jobs", JobsTab),
 )
 FIRST = "chat"  # shown first
+FIRST_WITHOUT_MODEL = "download"  # whoever has no model yet, gets one there
 # At a time, of all open pages together: a reply in the making takes one. Gradio's 40 would let a
 # class of forty that all wait for replies do nothing else.
 MAX_EVENTS = 1000
@@ -71,7 +72,7 @@ def build_ui(services: Services) -> gr.Blocks:
         if len(entries) == 1:
             tabs = [entries[0].build(services)]
         else:
-            tabs = _build_tabs(entries, services)
+            tabs = _build_tabs(entries, services, page)
         for tab in tabs:
             tab.wire_load(page)
     page.max_threads = MAX_EVENTS
@@ -79,17 +80,26 @@ def build_ui(services: Services) -> gr.Blocks:
     return page.queue(default_concurrency_limit=None, max_size=None, api_open=False)
 
 
-def _build_tabs(entries: list[TabEntry], services: Services) -> list[Tab]:
+def _build_tabs(entries: list[TabEntry], services: Services, page: gr.Blocks) -> list[Tab]:
     tabs: list[Tab] = []
-    with gr.Tabs(selected=FIRST, elem_id="tabs"):
+    with gr.Tabs(selected=FIRST, elem_id="tabs") as place:
+        page.load(lambda: _first(services), None, place, show_progress="hidden", queue=False,
+                  api_visibility="private")
         for entry in entries:
             # All are drawn at once, so that nothing is lost by looking at another.
             layout: dict[str, Any] = {"elem_id": f"tab-{entry.id}", "render_children": True}
-            with gr.Tab(label(f"tab.{entry.id}"), id=entry.id, **layout) as place:
+            with gr.Tab(label(f"tab.{entry.id}"), id=entry.id, **layout) as tab:
                 tabs.append(entry.build(services))
             if hasattr(tabs[-1], "wire_select"):  # what it does only when somebody opens it
-                tabs[-1].wire_select(place)
+                tabs[-1].wire_select(tab)
     return tabs
+
+
+def _first(services: Services) -> Any:
+    """The tab that a page shows when it is opened, if it is another than FIRST."""
+    if services.engines and services.engines.current is None:
+        return gr.Tabs(selected=FIRST_WITHOUT_MODEL)
+    return gr.skip()
 
 
 def mount_page(app: FastAPI, services: Services, root_path: str = "") -> FastAPI:

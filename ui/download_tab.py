@@ -10,7 +10,7 @@ import gradio as gr
 
 from backend.errors import UserError
 from backend.hub.fetch import gigabytes
-from backend.hub.names import ENDPOINTS
+from backend.hub.names import ENDPOINTS, id_of_page
 from backend.hub.plan import Hub, Plan, make_plan
 from backend.services import Services
 from ui.answer import sentence, warn
@@ -111,7 +111,7 @@ def _plan(source: str, id: str, revision: str, endpoint: str, token: str) -> Pla
     if source not in ENDPOINTS:
         raise UserError(t("error.not_offered", value=repr(source)[:60]), field="source")
     hub = Hub(source, endpoint.strip(), token.strip() or None)
-    return make_plan(hub, id.strip(), revision=revision.strip())
+    return make_plan(hub, id_of_page(id.strip()), revision=revision.strip())
 
 
 def _helpful(error: Exception, locale: str) -> str:

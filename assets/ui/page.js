@@ -71,7 +71,7 @@
   const showStatus = (status) => {
     gauge("model", status.model || "", "");
     gauge("state", text(`state.${status.state}`), "");
-    gauge("detail", status.state === "ready" ? "" : status.detail || "", "", status.detail || "");
+    gauge("detail", status.detail || "", "", status.detail || "");
     const state = document.querySelector('#status-bar [data-status="state"]');
     if (state) state.dataset.state = status.state;
     const { info, stats, memory } = status;

@@ -61,6 +61,15 @@ def checked_id(text: str) -> str:
     return text
 
 
+def id_of_page(text: str) -> str:
+    """The id in the address of a model's page on a hub; any other text as it is."""
+    for endpoint in ENDPOINTS.values():
+        if text.startswith(endpoint + "/"):
+            parts = text.removeprefix(endpoint).removeprefix("/models").strip("/").split("/")
+            return "/".join(parts[:2])
+    return text
+
+
 def checked_revision(text: str) -> str:
     """The revision. Raises UserError if it is none."""
     if not _REVISION.fullmatch(text) or ".." in text:

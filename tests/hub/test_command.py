@@ -13,9 +13,9 @@ import pytest
 import app
 from backend.errors import UserError
 from backend.hub.errors import OfflineError
-from backend.hub.fetch import fetch
+from backend.hub.fetch import Progress, fetch
 from backend.hub.plan import Hub, make_plan
-from backend.hub_commands import model_folder
+from backend.hub_commands import Reports, model_folder
 from tests.app_process import BOUND_S, ROOT, environment
 from tests.hub.conftest import ID, WEIGHTS
 
@@ -58,6 +58,16 @@ def test_events_for_the_page(stand_in, capsys):
     assert app.main(["download", "space/other", *words[2:]]) == 2
     event = json.loads(capsys.readouterr()[0])
     assert event["event"] == "error" and event["code"] == "model_not_found" and event["hint"]
+
+
+def test_a_long_download_is_a_short_file(capsys):
+    now = 0.0
+    report = Reports(lambda: now)
+    for done in range(1, 10_001):  # a hundred a second
+        now += 0.01
+        report(Progress("model.safetensors", done, 10_000, 1e6, None))
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert 100 <= len(events) <= 102 and events[-1]["done"] == 10_000
 
 
 def test_all_flags(stand_in, tmp_path, capsys):

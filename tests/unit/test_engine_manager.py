@@ -179,6 +179,48 @@ def test_a_failing_model_is_told_and_another_can_be_loaded():
     run(test)
 
 
+def picky_engine(config: EngineConfig) -> Engine:
+    """Loads no model called other, and none for a batch of 3."""
+    if config.model.endswith("other") or config.max_batch_size == 3:
+        raise UserError("The weights are damaged.", "Download them again.")
+    return babbling_engine(config)
+
+
+def test_the_old_model_comes_back_if_the_new_one_does_not_load(other: Path):
+    async def until_ready(manager: EngineManager) -> None:
+        while manager.current is None or manager.current.engine.state != "ready":
+            await asyncio.sleep(0.01)
+
+    async def test():
+        launch = partial(ThreadHandle, picky_engine)
+        request = LoadRequest(str(DEMO), {"max_batch_size": 5})
+        manager = EngineManager(open_chat(request, launch), launch, request=request)
+        await manager.start()
+        await manager.require().engine.wait_ready()
+        chat = await manager.load(str(other))
+        with pytest.raises(UserError, match="damaged"):
+            await chat.engine.wait_ready()
+        await until_ready(manager)
+        assert await manager.models() == ["demo_model"] and manager.request is request
+        assert manager.require().engine.config.max_batch_size == 5
+        while not manager.notice:
+            await asyncio.sleep(0.01)
+        status = await manager.status()
+        assert status.detail.startswith("other could not be loaded: The weights are damaged.")
+        assert status.detail.endswith("demo_model is served again.")
+        await reply(manager)
+        # Its own settings were changed to what it cannot load with: it goes on with the former.
+        manager.request = LoadRequest(str(DEMO), {"max_batch_size": 3})
+        chat = await manager.restart()
+        with pytest.raises(UserError, match="damaged"):
+            await chat.engine.wait_ready()
+        await until_ready(manager)
+        assert manager.require().engine.config.max_batch_size == 5
+        await manager.stop()
+
+    run(test)
+
+
 def test_the_command_lines_flags_hold_for_later_models(other: Path):
     async def test():
         manager = new_manager(defaults={"max_batch_size": 9, "session_len": 64})
