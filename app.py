@@ -156,17 +156,20 @@ async def run_api_server(args: argparse.Namespace) -> int:
 
 async def serve(services: Services, server: ServerConfig, fixed_port: bool, with_page: bool) -> int:
     """Listen, say where, and serve until told to stop."""
+    from backend.classroom import Classroom
     from backend.server.api import base_app, create_app
     from backend.server.auth import resolve_keys
     from backend.server.listen import bind, serve_forever
 
     sock, server = bind(server, fixed_port)
     server = resolve_keys(server)
+    services.classroom = Classroom(has_hosts=bool(server.host_keys))
     async with services:  # the engine loads its model while the page is being built
         if services.engines is None:
-            app = base_app(services.chat, server, lambda: "")
+            app = base_app(services.chat, server, services.classroom, lambda: "")
         else:
-            app = create_app(services.engines, server, docs_at_root=not with_page)
+            app = create_app(
+                services.engines, server, services.classroom, docs_at_root=not with_page)
         if with_page:
             from backend.history import open_history
             from ui.build import mount_page

@@ -90,8 +90,10 @@ class ChatBackend(Protocol):
         *,
         stop: Sequence[str] = (),
         model: str | None = None,
+        owner: str = "",
     ) -> AsyncGenerator[Delta, None]:
-        """Deltas of one reply. Closing the generator aborts the request at once."""
+        """Deltas of one reply; `owner` as in `Request`. Closing the generator aborts the request
+        at once."""
 
 
 class ChatService:
@@ -156,18 +158,18 @@ class ChatService:
         *,
         stop: Sequence[str] = (),
         model: str | None = None,
-        cache_salt: str = "",
+        owner: str = "",
     ) -> AsyncGenerator[Delta, None]:
-        """See `ChatBackend.stream`; `cache_salt` as in `Request`."""
+        """See `ChatBackend.stream`."""
         prompt = await self.encode_chat(messages)
         stop = (*stop, *self.stop)
-        deltas = self.stream_ids(prompt, sampling, stop=stop, cache_salt=cache_salt)
+        deltas = self.stream_ids(prompt, sampling, stop=stop, owner=owner)
         async with aclosing(deltas):  # an abandoned generator would abort only when collected
             async for delta in deltas:
                 yield delta
 
     def request(
-        self, prompt_token_ids: list[int], sampling: SamplingParams, cache_salt: str = ""
+        self, prompt_token_ids: list[int], sampling: SamplingParams, owner: str = ""
     ) -> Request:
         """A request for the engine, bounded by what the context leaves.
 
@@ -175,7 +177,7 @@ class ChatService:
             UserError, EngineNotReadyError: see `stream_ids`.
         """
         sampling = self._fit(prompt_token_ids, sampling, self.engine.require_ready())
-        return Request(uuid.uuid4().hex, prompt_token_ids, sampling, self._eos, cache_salt)
+        return Request(uuid.uuid4().hex, prompt_token_ids, sampling, self._eos, owner)
 
     async def stream_ids(
         self,
@@ -183,7 +185,7 @@ class ChatService:
         sampling: SamplingParams,
         *,
         stop: Sequence[str] = (),
-        cache_salt: str = "",
+        owner: str = "",
         skip_special_tokens: bool = True,
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of the reply to token ids.
@@ -193,7 +195,7 @@ class ChatService:
             EngineNotReadyError, EngineDeadError: see `AsyncEngine.generate`.
         """
         started = self._clock()
-        request = self.request(prompt_token_ids, sampling, cache_salt)
+        request = self.request(prompt_token_ids, sampling, owner)
         text = Detokenizer(self.tokenizer, stop, skip_special_tokens)
         stats = ReplyStats(len(prompt_token_ids), 0)
         first = started

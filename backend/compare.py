@@ -14,11 +14,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from backend.chat import ChatBackend, Message
+from backend.chat import ChatBackend, Delta, Message
 from backend.config import EngineConfig, SamplingParams
 from backend.engine.launcher import Handle, ProcessHandle
 from backend.engine_manager import EngineManager, LoadRequest
@@ -30,6 +30,10 @@ from backend.spare_engines import SpareEngines
 POOL_TOKENS = 4096  # of such an engine's KV cache: it answers one question at a time
 
 log = logging.getLogger(__name__)
+
+# (backend, messages, sampling, model) -> the reply's deltas; such as `Classroom.reply` for a caller
+Ask = Callable[[ChatBackend, Sequence[Message], SamplingParams, str | None],
+               AsyncGenerator[Delta, None]]
 
 
 class ServedModelLeavesError(UserError):
@@ -99,10 +103,11 @@ class Comparison:
 
     def __init__(
         self, sides: Sequence[Side], messages: Sequence[Message], sampling: SamplingParams,
-        plan: Plan,
+        plan: Plan, ask: Ask,
     ) -> None:
         self.panes = tuple(Pane(side) for side in sides)
         self.messages, self.sampling, self.plan = list(messages), sampling, plan
+        self.ask = ask
         self.stopped = False
         self._ended = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -184,12 +189,13 @@ class ComparisonRoom:
 
     async def start(
         self, sides: Sequence[Side], messages: Sequence[Message], sampling: SamplingParams,
-        owner: str, *, force: bool = False,
+        owner: str, *, ask: Ask | None = None, force: bool = False,
     ) -> Comparison:
         """Ask both sides; engines of another pair are ended first.
 
         Args:
             owner: who asks; see `leave`.
+            ask: asks a backend; by default directly.
             force: although the served model has to leave for it. It is loaded again afterwards.
 
         Raises:
@@ -197,9 +203,9 @@ class ComparisonRoom:
             UserError: a model's settings are not allowed, or it does not fit at all; or somebody
                 else's comparison is being answered.
         """
-        loads = _distinct(sides)
+        loads, ask = _distinct(sides), ask or _ask
         if not loads:
-            comparison = Comparison(sides, messages, sampling, Plan())
+            comparison = Comparison(sides, messages, sampling, Plan(), ask)
             comparison._task = asyncio.create_task(self._run(comparison))
             return comparison
         if self._running is not None and self._running.ended and self._running._task is not None:
@@ -218,7 +224,7 @@ class ComparisonRoom:
             self._claimed = False
             self.spare.idle()
             raise
-        comparison = self._running = Comparison(sides, messages, sampling, plan)
+        comparison = self._running = Comparison(sides, messages, sampling, plan, ask)
         self._owner = owner
         comparison._task = asyncio.create_task(self._run_loaded(comparison))
         return comparison
@@ -328,8 +334,8 @@ class ComparisonRoom:
             load = pane.side.load
             backend = pane.side.backend if load is None else self.spare.get(load)
             assert backend is not None
-            pane.live = LiveReply(
-                backend, comparison.messages, comparison.sampling, pane.side.model)
+            pane.live = LiveReply(comparison.ask(
+                backend, comparison.messages, comparison.sampling, pane.side.model))
             pane.state = "writing"
         await asyncio.gather(*(self._finish(pane) for pane in asked))
 
@@ -358,6 +364,12 @@ class ComparisonRoom:
                 pane.live.stop()
             pane.state = "ended"
         comparison._ended.set()
+
+
+def _ask(
+    backend: ChatBackend, messages: Sequence[Message], sampling: SamplingParams, model: str | None
+) -> AsyncGenerator[Delta, None]:
+    return backend.stream(messages, sampling, model=model)
 
 
 def _distinct(sides: Sequence[Side]) -> list[LoadRequest]:

@@ -189,6 +189,9 @@ class ServerConfig:
     server_name: str = option("127.0.0.1", "address to listen on; other than loopback needs a key")
     server_port: int = option(6006, "port to listen on", low=0, high=65535)
     api_keys: tuple[str, ...] = option((), "keys that clients must send; several, by spaces")
+    host_keys: tuple[str, ...] = option(
+        (), "for a class: keys of its hosts; api_keys are those of students then, who only chat"
+    )
     root_path: str = option("", "path prefix when behind a proxy that adds one")
     model_dirs: tuple[str, ...] = option(
         (), "folders whose models the page may load and quantize, by spaces; beside downloaded ones"

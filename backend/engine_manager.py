@@ -205,11 +205,11 @@ class EngineManager:
         *,
         stop: Sequence[str] = (),
         model: str | None = None,
-        cache_salt: str = "",
+        owner: str = "",
     ) -> AsyncGenerator[Delta, None]:
         """See `ChatService.stream`."""
         chat = self.require()
-        deltas = chat.stream(messages, sampling, stop=stop, model=model, cache_salt=cache_salt)
+        deltas = chat.stream(messages, sampling, stop=stop, model=model, owner=owner)
         async with aclosing(deltas):
             async for delta in deltas:
                 yield delta

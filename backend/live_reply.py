@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 
-from backend.chat import ChatBackend, Message, ReplyStats
-from backend.config import SamplingParams
+from backend.chat import Delta, ReplyStats
 
 
 class LiveReply:
-    """Starts a reply at once; must be made inside a running event loop.
+    """Collects a reply from now on; must be made inside a running event loop.
+
+    Args:
+        deltas: of the reply; see `Classroom.reply`. Closed when it ends here.
 
     Attributes:
         text: what has come so far.
@@ -26,13 +28,7 @@ class LiveReply:
         stopped: someone pressed Stop, or nobody looked any more.
     """
 
-    def __init__(
-        self,
-        backend: ChatBackend,
-        messages: Sequence[Message],
-        sampling: SamplingParams,
-        model: str | None,
-    ) -> None:
+    def __init__(self, deltas: AsyncGenerator[Delta, None]) -> None:
         self.text = ""
         self.finish_reason: str | None = None
         self.stats: ReplyStats | None = None
@@ -41,18 +37,12 @@ class LiveReply:
         self._first = self._last = self.started  # when text came
         self._num_tokens = 0
         self._begun = asyncio.Event()  # there is text, or there never will be
-        self._task = asyncio.create_task(self._collect(backend, messages, sampling, model))
+        self._task = asyncio.create_task(self._collect(deltas))
         self._task.add_done_callback(lambda _: self._begun.set())
 
-    async def _collect(
-        self,
-        backend: ChatBackend,
-        messages: Sequence[Message],
-        sampling: SamplingParams,
-        model: str | None,
-    ) -> None:
+    async def _collect(self, deltas: AsyncGenerator[Delta, None]) -> None:
         # aclosing: a cancelled task must abort the engine's work now, not at garbage collection.
-        async with aclosing(backend.stream(messages, sampling, model=model)) as deltas:
+        async with aclosing(deltas):
             async for delta in deltas:
                 if delta.text:
                     self._last = time.monotonic()

@@ -46,6 +46,9 @@ async def run(args: argparse.Namespace) -> int:
 
     settings = config.from_namespace(ProxyConfig, args)
     server = config.from_namespace(ServerConfig, args, server_port=DEFAULT_PORT)
+    if server.host_keys:
+        raise UserError("A proxy has no class, so it takes no --host-keys.",
+                        "Its operator's key is --admin-key.", field="host_keys")
     if settings.admin_key in server.api_keys:
         raise UserError("The admin key is one of the clients' keys too.", "Take another.",
                         field="admin_key")

@@ -114,9 +114,11 @@ class RemoteChat:
 
     async def stream(
         self, messages: Sequence[Message], sampling: SamplingParams, *,
-        stop: Sequence[str] = (), model: str | None = None,
+        stop: Sequence[str] = (), model: str | None = None, owner: str = "",
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of one reply; see `ChatBackend.stream`. Times are measured here.
+
+        The server is told `owner` as OpenAI's `user`; what it makes of that is its own affair.
 
         Without usage from the server, `completion_tokens` counts the pieces that came.
 
@@ -127,6 +129,8 @@ class RemoteChat:
         started = self._clock()
         request = _request(check_messages(messages), sampling, stop)
         request["model"] = model or await self._first_model()
+        if owner:
+            request["user"] = owner
         reply = await self._open(request)
         stats = ReplyStats(0, 0)
         first = last = started

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from backend.chat import ChatBackend, Message
+from backend.classroom import caller_of
 from backend.engine.types import EngineStats
 from backend.errors import UserError
 from backend.live_reply import LiveReply
@@ -186,8 +187,9 @@ class ChatTab:
                         self.returned: ""}
             self._check(conversation, user, locale)  # meanwhile another tab may have asked
             model = self.remote.model(form) if self.remote else None
-            self.store.begin(
-                conversation, user, keep, LiveReply(backend, messages, sampling, model))
+            live = LiveReply(self.services.classroom.reply(
+                caller_of(request.request.scope), backend, messages, sampling, model=model))
+            self.store.begin(conversation, user, keep, live)
         except UserError as error:
             self.warn(error, request)
             return {self.returned: ""}

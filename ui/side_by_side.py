@@ -10,11 +10,13 @@ import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
 from backend.chat import Message
+from backend.classroom import caller_of
 from backend.compare import Comparison, ServedModelLeavesError
 from backend.config import SamplingParams
 from backend.errors import UserError
@@ -147,7 +149,9 @@ class SideBySide:
             sides = [await picker.side(form, locale) for picker in self.pickers]
             yield {self.go: gr.update(interactive=False), self.question: gr.update(visible=False),
                    self.force: gr.update(visible=False), self.note: self._preparing(form, locale)}
-            comparison = await self.room.start(sides, messages, sampling, tab, force=force)
+            ask = partial(self.services.classroom.reply, caller_of(request.request.scope))
+            comparison = await self.room.start(
+                sides, messages, sampling, tab, ask=ask, force=force)
         except ServedModelLeavesError as error:
             words = t("compare.leaves", locale, count=error.count)
             yield {self.go: gr.update(interactive=True), self.note: "",

@@ -123,7 +123,7 @@ class BlockManager:
         step = seq.rope_step.to_bytes(2, "little")
         while len(hashes) < count:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else seq.request.cache_salt.encode()
+            parent = hashes[-1] if hashes else seq.request.owner.encode()
             tokens = array("I", seq.token_ids[start : start + size]).tobytes()
             digest = hashlib.blake2b(tokens, digest_size=16, key=parent[:64], person=step)
             hashes.append(digest.digest())

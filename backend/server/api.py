@@ -17,12 +17,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Match, Route
 
+from backend.classroom import Classroom, require_host
 from backend.config import ServerConfig
 from backend.server import lmdeploy_protocol, protocol
-from backend.server.auth import Guard
+from backend.server.auth import Guard, caller
 from backend.server.docs import api_page, body_schema, openapi_schema
 from backend.server.failures import error_body, install_error_handlers
-from backend.server.limits import Admission, Limits
 from backend.server.lmdeploy_routes import LMDeployRoutes
 from backend.server.metrics import CONTENT_TYPE, CountRequests, Metrics
 from backend.server.openai_routes import OpenAIRoutes
@@ -45,13 +45,14 @@ STATUS_SECONDS = 0.5  # many open pages poll; they share an answer for so long
 
 
 def base_app(
-    backend: ChatBackend, config: ServerConfig, trouble: Callable[[], str]
+    backend: ChatBackend, config: ServerConfig, classroom: Classroom, trouble: Callable[[], str]
 ) -> FastAPI:
     """The application without OpenAI's routes, as the page needs it over a remote server.
 
     Args:
         backend: what the page talks to; asked for /api/status.
         config: the final port, and keys as `auth.resolve_keys` leaves them.
+        classroom: is told who comes in.
         trouble: why the service cannot answer now, in a sentence; "" when it can.
 
     Raises:
@@ -60,15 +61,15 @@ def base_app(
     app = bare_app(config)
     _add_status(app, backend, trouble)
     add_fallbacks(app)
-    app.add_middleware(Guard, config=config)
+    app.add_middleware(Guard, config=config, seen=classroom.see)
     return app
 
 
 def create_app(
     engines: EngineManager,
     config: ServerConfig,
+    classroom: Classroom,
     *,
-    admission: Admission | None = None,
     sessions: Sessions | None = None,
     docs_at_root: bool = False,
 ) -> FastAPI:
@@ -77,7 +78,7 @@ def create_app(
     Args:
         engines: has what answers; the caller starts and stops it.
         config: as in `base_app`.
-        admission: how much work may be open at a time; by default with the usual `Limits`.
+        classroom: who comes in, and how much work may be open at a time.
         sessions: keeps the conversations of /v1/chat/interactive; by default as many and as long
             as is usual.
         docs_at_root: the API page at "/" too, where the tutorials' users look for it; not for an
@@ -90,11 +91,12 @@ def create_app(
         lambda: chat.engine.stats if (chat := engines.current) else None,
         lambda: chat.engine.info.num_blocks
         if (chat := engines.current) and chat.engine.info else 0)
-    work = engines, admission or Admission(Limits()), metrics
+    work = engines, classroom, metrics
     routes, lmdeploy = OpenAIRoutes(*work), LMDeployRoutes(*work, sessions or Sessions())
 
     async def metrics_text(request: Request) -> Response:
-        """Figures for Prometheus."""
+        """Figures for Prometheus; in a class for its hosts."""
+        require_host(caller(request))
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     async def docs(request: Request) -> Response:
@@ -136,7 +138,7 @@ def create_app(
     own = frozenset(str(getattr(route, "path", "")) for route in app.routes)
     add_fallbacks(app)
     # The last added is the outermost: refused requests are counted too.
-    app.add_middleware(Guard, config=config)
+    app.add_middleware(Guard, config=config, seen=classroom.see)
     app.add_middleware(CountRequests, metrics=metrics, routes=own)
     return app
 

@@ -6,10 +6,9 @@ guarded without knowing of it. Nothing here believes the Host header: the path i
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -19,10 +18,12 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from backend import keyfile
+from backend.classroom import SCOPE_KEY, Caller, caller_of, clean_name
 from backend.config import ServerConfig, validate
 from backend.errors import AuthError, UserError
 from backend.server.body import read_body
 from backend.server.failures import error_body, error_response
+from backend.server.keys import Keys, Pass
 from backend.server.login_page import login_page
 
 MIN_KEY_CHARS = 8
@@ -30,7 +31,6 @@ MAX_LOGIN_BYTES = 4096
 COOKIE_SECONDS = 30 * 24 * 3600
 API_PATHS = ("/v1", "/api", "/metrics")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-SCOPE_KEY = "lmdesk.caller"
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:/@?#\s]+)(:\d{1,5})?", re.IGNORECASE)
 
@@ -46,36 +46,38 @@ def is_loopback(server_name: str) -> bool:
 
 
 def resolve_keys(config: ServerConfig) -> ServerConfig:
-    """`config` with keys if it needs any: open doors beyond loopback get a new random key.
+    """`config` with keys if it needs any: open doors beyond loopback get a new random key, and so
+    do students where there are hosts.
 
     A new key is written for the user's own clients (see `backend.keyfile`), under
     `config.server_port`, which must be the final one.
 
     Raises:
-        UserError: a key is too short, or has characters that a header cannot carry.
+        UserError: a key is too short, or has characters that a header cannot carry; or one is for
+            hosts and students.
     """
     validate(config)
-    for key in config.api_keys:
-        if len(key) < MIN_KEY_CHARS or not all("!" <= char <= "~" for char in key):
-            raise UserError(
-                "An API key is too short or has unusual characters.",
-                f"Use at least {MIN_KEY_CHARS} ASCII letters, digits and signs, without spaces.",
-                field="api_keys")
-    if config.api_keys or is_loopback(config.server_name):
+    for field in ("api_keys", "host_keys"):
+        for key in getattr(config, field):
+            if len(key) < MIN_KEY_CHARS or not all("!" <= char <= "~" for char in key):
+                raise UserError(
+                    "An API key is too short or has unusual characters.",
+                    f"Use at least {MIN_KEY_CHARS} ASCII letters, digits and signs, without "
+                    "spaces.", field=field)
+    if set(config.api_keys) & set(config.host_keys):
+        raise UserError("A key is given for hosts and for students.",
+                        "Give --host-keys of their own, which students do not know.",
+                        field="host_keys")
+    if config.api_keys or (is_loopback(config.server_name) and not config.host_keys):
         return config
     key = keyfile.new_key()
     keyfile.write_key(config.server_port, key)
     return replace(config, api_keys=(key,))
 
 
-def caller(request: Request) -> str:
-    """A name for the holder of the request's key: its digest, or "" where there are no keys."""
-    return request.scope[SCOPE_KEY]
-
-
-def key_name(key: str) -> str:
-    """What `caller` says of a request with this key."""
-    return hashlib.sha256(key.encode()).hexdigest()
+def caller(request: Request) -> Caller:
+    """Who sent the request."""
+    return caller_of(request.scope)
 
 
 def _split_host(host: str) -> str | None:
@@ -84,51 +86,27 @@ def _split_host(host: str) -> str | None:
     return match[1].lower() if match else None
 
 
-class _Keys:
-    """The accepted keys, as digests."""
-
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-        # The cookie proves that its holder had the key, without being it.
-        self._cookies = [hmac.digest(key.encode(), b"lmdesk cookie", "sha256").hex()
-                         for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def find(self, key: str) -> int | None:
-        """Which key it is, in a time that does not tell how nearly it is one."""
-        digest = hashlib.sha256(key.encode("utf-8", errors="replace")).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return matches.index(True) if True in matches else None
-
-    def find_cookie(self, value: str) -> int | None:
-        """Which key the cookie was made of."""
-        given = value.encode("utf-8", errors="replace")
-        matches = [hmac.compare_digest(given, known.encode()) for known in self._cookies]
-        return matches.index(True) if True in matches else None
-
-    def cookie(self, index: int) -> str:
-        return self._cookies[index]
-
-    def name(self, index: int) -> str:
-        return self._digests[index].hex()
-
-
 class Guard:
-    """The ASGI middleware.
+    """The ASGI middleware. It leaves the `Caller` in the request's scope.
+
+    Args:
+        seen: told of everybody who comes in.
 
     Raises:
         UserError: the server would be open to others without a key.
     """
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
-        if not config.api_keys and not is_loopback(config.server_name):
+    def __init__(
+        self, app: ASGIApp, config: ServerConfig,
+        seen: Callable[[Caller], object] = lambda caller: None,
+    ) -> None:
+        if not config.api_keys and (config.host_keys or not is_loopback(config.server_name)):
             raise UserError(
                 f"Listening on {config.server_name} needs an API key.", "Give --api-keys.",
                 field="api_keys")
         self._app = app
-        self._keys = _Keys(config.api_keys)
+        self._seen = seen
+        self._keys = Keys(config.api_keys, config.host_keys)
         self._hosts = {"localhost", "127.0.0.1", "[::1]", config.server_name.lower(),
                        f"[{config.server_name.lower()}]"}
         # Servers behind tunnels share the origin 127.0.0.1; their cookies must not.
@@ -146,7 +124,6 @@ class Guard:
     async def _enter(self, scope: Scope, receive: Receive) -> Response | None:
         """The answer to give instead of the application's; None lets the request in."""
         path, method, headers = _route_path(scope), scope["method"], Headers(scope=scope)
-        scope[SCOPE_KEY] = ""
         if path == "/health" and method in ("GET", "HEAD"):
             return None
         if not self._keys and not self._own_host(headers):
@@ -154,28 +131,33 @@ class Guard:
                 421, "The request's Host is not this server's.", "wrong_host"), 421)
         if path == "/login":
             return await self._login(Request(scope, receive))
-        index, by_cookie = self._who(headers)
-        if self._keys and index is None:
+        if path == "/logout":
+            return self._logout(scope, headers)
+        found, by_cookie = self._who(headers)
+        if self._keys and found is None:
             return await self._refuse(scope, path, headers)
         # What a browser sends along by itself proves nothing about whose page made it do so.
         if method not in SAFE_METHODS and (by_cookie or not self._keys) and (
                 not self._own_origin(headers)):
             return _wrong_origin()
-        if index is not None:
-            scope[SCOPE_KEY] = self._keys.name(index)
+        scope[SCOPE_KEY] = self._keys.caller(found) if found else Caller()
+        self._seen(scope[SCOPE_KEY])
         return None
 
-    def _who(self, headers: Headers) -> tuple[int | None, bool]:
-        """(which key was sent, whether as a cookie)."""
+    def _who(self, headers: Headers) -> tuple[Pass | None, bool]:
+        """(with what somebody comes, whether it is a cookie)."""
         for authorization in headers.getlist("authorization"):
             scheme, _, key = authorization.partition(" ")
             if scheme.lower() == "bearer":  # other schemes are a proxy's business
                 return self._keys.find(key.strip()), False
+        return self._cookie(headers), True
+
+    def _cookie(self, headers: Headers) -> Pass | None:
         for header in headers.getlist("cookie"):
             value = cookie_parser(header).get(self._cookie_name, "")
-            if (index := self._keys.find_cookie(value)) is not None:
-                return index, True
-        return None, False
+            if (found := self._keys.find_signed(value)) is not None:
+                return found
+        return None
 
     async def _refuse(self, scope: Scope, path: str, headers: Headers) -> Response:
         """401, as JSON to programs and as the login form to browsers; or the way in by ?key=."""
@@ -188,39 +170,75 @@ class Guard:
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         keys = [value for name, value in query if name == "key"]
         if path != "/" or not keys:
-            return HTMLResponse(
-                login_page(depth=path.count("/") - 1), 401, {"WWW-Authenticate": "Bearer"})
+            return self._form(headers, 401, depth=path.count("/") - 1)
         rest = urlencode([(name, value) for name, value in query if name != "key"])
         scope["query_string"] = rest.encode("latin-1")  # the access log must not have the key
-        return self._welcome(scope, keys[0], f"./?{rest}" if rest else "./")
+        found = self._keys.find(keys[0].strip())
+        if found is None:
+            return self._form(headers, 401, wrong="key")
+        # In a class, a guest first, who may take a name at /login.
+        return self._welcome(scope, self._keys.enter(found), f"./?{rest}" if rest else "./")
 
     async def _login(self, request: Request) -> Response:
-        """The form, and what it sends."""
+        """The form, and what it sends: a key and, in a class, a name. Who is in already may leave
+        out the key, and has another name then."""
         if not self._keys:
             return RedirectResponse("./", 303)
+        headers = request.headers
         if request.method in ("GET", "HEAD"):
-            return HTMLResponse(login_page())
+            return self._form(headers)
         if request.method != "POST":
             return JSONResponse(
                 error_body(405, "Method Not Allowed", "method_not_allowed"), 405,
                 {"Allow": "GET, POST"})
-        if not self._own_origin(request.headers):
+        if not self._own_origin(headers):
             return _wrong_origin()
         try:
-            form = parse_qsl((await read_body(request, MAX_LOGIN_BYTES)).decode("latin-1"))
+            body = await read_body(request, MAX_LOGIN_BYTES)
         except UserError as error:
             return error_response(error)
-        return self._welcome(request.scope, dict(form).get("key", ""), "./")
+        form = dict(parse_qsl(body.decode("latin-1")))
+        before, key = self._cookie(headers), form.get("key", "").strip()
+        found = self._keys.find(key) if key else before
+        if found is None:
+            return self._form(headers, 401, wrong="key")
+        name = ""
+        if self._keys.for_class:
+            try:
+                name = clean_name(form.get("name", ""))
+            except UserError:
+                return self._form(headers, 400, wrong="name")
+        return self._welcome(request.scope, self._keys.enter(found, name, before), "./")
 
-    def _welcome(self, scope: Scope, key: str, target: str) -> Response:
-        """The cookie and the way on, if the key is right. `target` is relative: a proxy's prefix
-        in front of our paths stays."""
-        index = self._keys.find(key.strip())
-        if index is None:
-            return HTMLResponse(login_page(wrong="The key is wrong."), 401)
+    def _logout(self, scope: Scope, headers: Headers) -> Response:
+        """Forget the cookie."""
+        if scope["method"] != "POST":
+            return JSONResponse(
+                error_body(405, "Method Not Allowed", "method_not_allowed"), 405,
+                {"Allow": "POST"})
+        if not self._own_origin(headers):
+            return _wrong_origin()
+        response = RedirectResponse("./login", 303)
+        response.delete_cookie(self._cookie_name, httponly=True, samesite="lax")
+        return response
+
+    def _form(
+        self, headers: Headers, status: int = 200, *, depth: int = 0, wrong: str = ""
+    ) -> Response:
+        inside = self._cookie(headers)
+        page = login_page(
+            headers.get("accept-language", ""), depth, wrong,
+            name=(inside.name if inside else "") if self._keys.for_class else None,
+            needs_key=inside is None or not self._keys.for_class)
+        return HTMLResponse(
+            page, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
+
+    def _welcome(self, scope: Scope, entered: Pass, target: str) -> Response:
+        """The cookie and the way on. `target` is relative: a proxy's prefix in front of our paths
+        stays."""
         response = RedirectResponse(target, 303, {"Referrer-Policy": "no-referrer"})
         response.set_cookie(
-            self._cookie_name, self._keys.cookie(index), max_age=COOKIE_SECONDS, httponly=True,
+            self._cookie_name, self._keys.signed(entered), max_age=COOKIE_SECONDS, httponly=True,
             samesite="lax", secure=scope["scheme"] == "https")
         return response
 

@@ -27,7 +27,8 @@ class ClientGoneError(UserError):
 
 
 # Seconds after which to try again, by code.
-RETRY_AFTER_S = {"overloaded": 2, "rate_limit_exceeded": 2, "engine_not_ready": 5}
+RETRY_AFTER_S = {
+    "overloaded": 2, "rate_limit_exceeded": 2, "engine_not_ready": 5, "class_paused": 10}
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

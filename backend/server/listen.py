@@ -231,7 +231,10 @@ def announcement(config: ServerConfig, what: str, with_page: bool, with_api: boo
         lines.append(f"  Page    {url}")
     if with_api:
         lines.append(f"  API     {url}/v1   (described at {url}/docs)")
-    if config.api_keys:
+    if config.host_keys:
+        lines.append(f"  Host    {config.host_keys[0]}   (your key; keep it to yourself)")
+        lines.append(f"  Class   {config.api_keys[0]}   (the students' key)")
+    elif config.api_keys:
         lines.append(f"  Key     {config.api_keys[0]}   (clients of yours on this machine find it)")
     lines.append(f"  Tunnel  {tunnel_line(config)}   (on your own computer; then open {url})")
     return "\n".join(lines)

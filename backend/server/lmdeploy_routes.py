@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from backend.classroom import Classroom
 from backend.errors import ContextLengthError, UserError
 from backend.server import sse
 from backend.server.auth import caller
 from backend.server.body import read_json
 from backend.server.failures import describe
-from backend.server.limits import Admission
 from backend.server.lmdeploy_protocol import (
     NO_SESSION,
     EncodeRequest,
@@ -42,12 +42,12 @@ class LMDeployRoutes:
     def __init__(
         self,
         engines: EngineManager,
-        admission: Admission,
+        classroom: Classroom,
         metrics: Metrics,
         sessions: Sessions,
     ) -> None:
         self.engines = engines
-        self.admission = admission
+        self.classroom = classroom
         self.metrics = metrics
         self.sessions = sessions
 
@@ -55,7 +55,7 @@ class LMDeployRoutes:
         """The next turn of a conversation that the server keeps."""
         body = parse(InteractiveRequest, await read_json(request))
         body.check()
-        key, number = caller(request), body.session
+        key, number = caller(request).id, body.session
         if body.cancels:
             self.sessions.cancel(key, number)
         elif body.answers:
@@ -69,7 +69,7 @@ class LMDeployRoutes:
     async def history(self, request: Request) -> Response:
         """What was said in a conversation that the server keeps."""
         number = session_number(request.query_params.get("session_id"))
-        return JSONResponse({"messages": self.sessions.messages(caller(request), number)})
+        return JSONResponse({"messages": self.sessions.messages(caller(request).id, number)})
 
     async def encode(self, request: Request) -> Response:
         """Token ids of a text, or of each of several."""
@@ -97,11 +97,12 @@ class LMDeployRoutes:
 
     async def _answer(self, request: Request, body: InteractiveRequest) -> Response:
         chat = self.engines.require()
-        sampling = body.sampling(chat.sampling_defaults)
+        who = caller(request)
+        sampling = self.classroom.bounded(who, body.sampling(chat.sampling_defaults))
         chat.engine.require_ready()
-        key, new = caller(request), [message.as_dict() for message in body.prompt]
+        key, new = who.id, [message.as_dict() for message in body.prompt]
         async with AsyncExitStack() as stack:
-            ticket = stack.enter_context(self.admission.admit(key, 1))
+            ticket = stack.enter_context(self.classroom.admit(who))
             turn = stack.enter_context(
                 self.sessions.turn(key, body.session, new, keep=bool(body.interactive_mode)))
             try:
@@ -109,7 +110,7 @@ class LMDeployRoutes:
                 ticket.set_prompts([len(prompt)])
                 deltas = timed_reply(
                     chat, self.metrics, ticket, prompt, sampling,
-                    stop=(*body.stop, *chat.stop), salt=key,
+                    stop=(*body.stop, *chat.stop), owner=key,
                     skip_special_tokens=body.skip_special_tokens is not False)
                 pieces = await stack.enter_async_context(aclosing(_pieces(deltas, turn)))
                 if not body.stream:

@@ -1,13 +1,16 @@
-"""The page that asks a browser for the key. Plain HTML, nothing from outside."""
+"""The page that asks a browser for the key, and in a class for a name. Plain HTML, nothing from
+outside; in the first language of the browser's that it has."""
 
 from __future__ import annotations
 
 from html import escape
 
+from backend.classroom import MAX_NAME
+
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
+<html lang="{lang}"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>LMDesk: API key</title>
+<title>LMDesk: {key}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 26rem; margin: 15vh auto; padding: 0 1rem;
        color: #1f2430; background: #fff; }}
@@ -22,23 +25,67 @@ button {{ background: #2456c7; color: #fff; border-color: #2456c7; cursor: point
 }}
 </style></head><body>
 <h1>LMDesk</h1>
-<p>This server asks for its API key. It was printed where the server was started.</p>
-{wrong}
-<form method="post" action="./{up}login">
-<label for="key">API key</label>
-<input id="key" name="key" type="password" autocomplete="current-password" required autofocus>
-<button type="submit">Continue</button>
+<p>{asks}</p>
+{alert}
+<form method="post" action="./{up}login" accept-charset="utf-8">
+{fields}
+<button type="submit">{go}</button>
 </form></body></html>
 """
+_KEY = """<label for="key">{key}</label>
+<input id="key" name="key" type="password" autocomplete="current-password" {need}>"""
+_NAME = """<label for="name">{label}</label>
+<input id="name" name="name" value="{name}" maxlength="{most}" autocomplete="name" required>"""
+
+_WORDS = {
+    "en": {
+        "key": "API key", "name": "Your name", "go": "Continue",
+        "asks": "This server asks for its API key. It was printed where the server was started.",
+        "asks_class": "Enter the key that you were given, and the name that you are known by.",
+        "asks_name": "Choose another name, or enter another key.",
+        "wrong_key": "The key is wrong.",
+        "wrong_name": f"A name has 1 to {MAX_NAME} letters, digits and signs.",
+    },
+    "zh": {
+        "key": "API 密钥", "name": "你的名字", "go": "继续",
+        "asks": "此服务器需要 API 密钥。启动服务器的终端里显示了它。",
+        "asks_class": "请输入老师给你的密钥,以及大家认得的名字。",
+        "asks_name": "可以换一个名字,或换一个密钥。",
+        "wrong_key": "密钥不正确。",
+        "wrong_name": f"名字须为 1 至 {MAX_NAME} 个文字、数字或符号。",
+    },
+}
 
 
-def login_page(depth: int = 0, wrong: str = "") -> str:
+def login_page(
+    accept_language: str = "", depth: int = 0, wrong: str = "", name: str | None = None,
+    needs_key: bool = True,
+) -> str:
     """The form.
 
     Args:
+        accept_language: the browser's header.
         depth: how many folders below the root the page is shown; the form finds its way by
             relative paths, whatever prefix a proxy puts in front.
-        wrong: a sentence on what was wrong with the last attempt.
+        wrong: "key" or "name", as that was wrong with the last attempt.
+        name: to begin with; None if none is asked for.
+        needs_key: false for somebody who is in already.
     """
-    alert = f'<p class="wrong" role="alert">{escape(wrong)}</p>' if wrong else ""
-    return _PAGE.format(up="../" * depth, wrong=alert)
+    lang = _language(accept_language)
+    words = _WORDS[lang]
+    alert = f'<p class="wrong" role="alert">{words[f"wrong_{wrong}"]}</p>' if wrong else ""
+    asks, fields = "asks", [_KEY.format(
+        key=words["key"], need="required autofocus" if needs_key else "")]
+    if name is not None:
+        asks = "asks_class" if needs_key else "asks_name"
+        fields.append(_NAME.format(label=words["name"], name=escape(name), most=MAX_NAME))
+    return _PAGE.format(lang=lang, key=words["key"], asks=words[asks], up="../" * depth,
+                        alert=alert, fields="\n".join(fields), go=words["go"])
+
+
+def _language(accept_language: str) -> str:
+    for wish in accept_language.split(","):
+        language = wish.split(";")[0].strip().lower().split("-")[0]
+        if language in _WORDS:
+            return language
+    return "en"

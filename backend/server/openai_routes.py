@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from backend.admission import Ticket
+from backend.classroom import Caller, Classroom
 from backend.config import SamplingParams
 from backend.errors import ModelNotFoundError, UserError
 from backend.server import sse
 from backend.server.auth import caller
 from backend.server.body import read_json
 from backend.server.failures import describe
-from backend.server.limits import Admission, Ticket
 from backend.server.metrics import Metrics
 from backend.server.protocol import ChatRequest, CompletionRequest, Generation
 from backend.server.replies import ChatReply, CompletionReply, Reply, usage
@@ -36,13 +37,13 @@ class OpenAIRoutes:
 
     Args:
         engines: has what answers; a request keeps to what was served when it came.
-        admission: bounds the open work.
+        classroom: knows what callers may.
         metrics: takes the times of replies.
     """
 
-    def __init__(self, engines: EngineManager, admission: Admission, metrics: Metrics) -> None:
+    def __init__(self, engines: EngineManager, classroom: Classroom, metrics: Metrics) -> None:
         self.engines = engines
-        self.admission = admission
+        self.classroom = classroom
         self.metrics = metrics
         self._created = int(time.time())
 
@@ -61,11 +62,11 @@ class OpenAIRoutes:
         """The assistant's next turn."""
         body = parse(ChatRequest, await read_json(request))
         chat = self.engines.require()
-        sampling = _prepare(chat, body)
+        sampling = self._prepare(chat, body, caller(request))
         messages = [message.as_dict() for message in body.messages]
         reply = ChatReply(chat.model_name, body.num_replies, body.include_usage)
         async with AsyncExitStack() as stack:
-            ticket = stack.enter_context(self.admission.admit(caller(request), body.num_replies))
+            ticket = stack.enter_context(self.classroom.admit(caller(request), body.num_replies))
             prompts = [await chat.encode_chat(messages)]
             stop = (*body.stop, *chat.stop)
             return await self._answer(
@@ -75,10 +76,10 @@ class OpenAIRoutes:
         """The continuation of a text."""
         body = parse(CompletionRequest, await read_json(request))
         chat = self.engines.require()
-        sampling = _prepare(chat, body)
+        sampling = self._prepare(chat, body, caller(request))
         replies = body.num_replies * len(body.prompt)
         async with AsyncExitStack() as stack:
-            ticket = stack.enter_context(self.admission.admit(caller(request), replies))
+            ticket = stack.enter_context(self.classroom.admit(caller(request), replies))
             prompts = [await chat.encode_prompt(prompt) for prompt in body.prompt]
             echoes = [_text(chat, prompt) for prompt in body.prompt] if body.echo else None
             reply = CompletionReply(
@@ -98,6 +99,14 @@ class OpenAIRoutes:
             "owned_by": "lmdesk", "max_model_len": info.session_len if info else None,
         }
 
+    def _prepare(self, chat: ChatService, body: Generation, caller: Caller) -> SamplingParams:
+        """Refuse what can be refused before any work; the sampling of the rest."""
+        _check_model(chat, body.model)
+        body.check()
+        sampling = body.sampling(chat.sampling_defaults)
+        chat.engine.require_ready()
+        return self.classroom.bounded(caller, sampling)
+
     async def _answer(
         self,
         request: Request,
@@ -116,7 +125,7 @@ class OpenAIRoutes:
         deltas = await stack.enter_async_context(aclosing(sse.interleave([
             timed_reply(
                 chat, self.metrics, ticket, prompt, _nth_seed(sampling, i), stop=stop,
-                salt=caller(request), skip_special_tokens=body.skips_special)
+                owner=caller(request).id, skip_special_tokens=body.skips_special)
             for prompt in prompts for i in range(n)])))
         count = n * len(prompts)
         if not body.stream:
@@ -133,15 +142,6 @@ def _check_model(chat: ChatService, name: str | None) -> None:
         raise ModelNotFoundError(
             f"The model {show(name)} is not served here.",
             f"This server has {show(chat.model_name)}.", field="model")
-
-
-def _prepare(chat: ChatService, body: Generation) -> SamplingParams:
-    """Refuse what can be refused before any work; the sampling of the rest."""
-    _check_model(chat, body.model)
-    body.check()
-    sampling = body.sampling(chat.sampling_defaults)
-    chat.engine.require_ready()
-    return sampling
 
 
 def _text(chat: ChatService, prompt: str | list[int]) -> str:

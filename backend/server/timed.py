@@ -6,8 +6,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+from backend.admission import Ticket
+from backend.classroom import counted
 from backend.config import SamplingParams
-from backend.server.limits import Ticket
 from backend.server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -22,20 +23,19 @@ async def timed_reply(
     sampling: SamplingParams,
     *,
     stop: Sequence[str],
-    salt: str,
+    owner: str,
     skip_special_tokens: bool,
 ) -> AsyncGenerator[Delta, None]:
-    """`ChatService.stream_ids`; `salt` keeps one caller's prefixes from another's."""
+    """`ChatService.stream_ids`, as one of the replies of `ticket`."""
     started = last = metrics.clock()
     waiting = True
     stream = chat.stream_ids(
-        prompt, sampling, stop=stop, cache_salt=salt, skip_special_tokens=skip_special_tokens)
-    async with aclosing(stream):
-        async for delta in stream:
+        prompt, sampling, stop=stop, owner=owner, skip_special_tokens=skip_special_tokens)
+    async with aclosing(counted(stream, ticket, len(prompt))) as deltas:
+        async for delta in deltas:
             now = metrics.clock()
             if waiting:
                 waiting = False
-                ticket.started(len(prompt))
                 metrics.first_token.observe(now - started)
             else:
                 metrics.between.observe(now - last)

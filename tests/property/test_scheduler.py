@@ -81,7 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         sampling = SamplingParams(
             max_tokens=max_tokens, stop_token_ids=tuple(stop), presence_penalty=penalty
         )
-        self.engine.add_request(Request(request_id, prompt, sampling, cache_salt=salt))
+        self.engine.add_request(Request(request_id, prompt, sampling, owner=salt))
         self.replies[request_id] = []
         limit = min(max_tokens, self.session_len - len(prompt))
         self.expected[request_id] = expected_reply(prompt, limit, stop)

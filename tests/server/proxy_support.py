@@ -91,8 +91,8 @@ class RunningProxy:
     def assert_idle(self) -> None:
         """Insist that all counts come back to nothing."""
         until(lambda: not any(node.unfinished for node in self.proxy.nodes), "still working")
-        until(lambda: not self.proxy.admission.open_by_key, "still admitted")
-        assert self.proxy.admission.waiting == 0
+        until(lambda: not self.proxy.admission.total.open, "still admitted")
+        assert self.proxy.admission.total.waiting == 0
 
 
 @contextmanager

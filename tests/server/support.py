@@ -18,8 +18,10 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from backend.admission import Limits
 from backend.chat import ChatService
 from backend.chat_template import ChatTemplate
+from backend.classroom import Classroom
 from backend.config import EngineConfig, ServerConfig
 from backend.engine.async_engine import AsyncEngine
 from backend.engine.engine import Engine
@@ -28,7 +30,6 @@ from backend.engine.launcher import Handle
 from backend.engine.types import Sequence
 from backend.engine_manager import EngineManager
 from backend.server.api import create_app
-from backend.server.limits import Admission, Limits
 from backend.server.sessions import Sessions
 from backend.tokenizer import Tokenizer
 from backend.tokenizer.json_codec import JsonCodec
@@ -118,7 +119,7 @@ class Served:
         sessions: Sessions | None = None,
     ) -> None:
         self.config = config
-        self.admission = Admission(limits or Limits())
+        self.classroom = Classroom(bool(config.host_keys), limits)
         self.script = Script()
         self.engine = AsyncEngine(
             engine_config or EngineConfig("fake"),
@@ -128,7 +129,7 @@ class Served:
             sampling_defaults={"temperature": 0.5})
         self.engines = EngineManager(self.chat)
         self.app = create_app(
-            self.engines, config, admission=self.admission, sessions=sessions, docs_at_root=True)
+            self.engines, config, self.classroom, sessions=sessions, docs_at_root=True)
         self.loop = asyncio.new_event_loop()
         self.server = uvicorn.Server(uvicorn.Config(
             self.app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
@@ -179,9 +180,9 @@ class Served:
 
     def assert_all_ended(self) -> None:
         """Insist that all open work ends by itself and leaves nothing behind."""
-        admission = self.admission
-        self.eventually(lambda: not self.engine._streams and not admission.open_by_key)
-        assert admission.waiting == admission.waiting_tokens == 0
+        admission = self.classroom.admission
+        self.eventually(lambda: not self.engine._streams and not admission.total.open)
+        assert admission.total.waiting == admission.waiting_tokens == 0
         # The engine tells its counts with a step; so make it take one more.
         key = self.config.api_keys[0] if self.config.api_keys else "none"
         self.client(key).completions.create(model=NAME, prompt="x")

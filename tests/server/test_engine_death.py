@@ -131,7 +131,8 @@ def test_every_open_request_ends_and_the_model_comes_back(served, launcher):
             assert "stopped while it worked" in error["message"]
 
         # Until the new engine is there: sentences, and when to come again.
-        assert served.admission.waiting == 0 and not served.admission.open_by_key
+        total = served.classroom.admission.total
+        assert not total.waiting and not total.open
         for reply in (
             http.get("/health"),
             http.post(CHAT, json=body("hi")),

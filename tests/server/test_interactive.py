@@ -182,7 +182,7 @@ def test_cancelled_before_the_first_token_a_prompt_may_be_sent_again(talk: Talk)
     talk.say("one")
     with ThreadPoolExecutor(1) as pool, talk.served.script.held():
         work = pool.submit(talk.say, "slow")
-        talk.served.eventually(lambda: bool(talk.served.admission.waiting_tokens))
+        talk.served.eventually(lambda: bool(talk.served.classroom.admission.waiting_tokens))
         talk.post(session_id=1, cancel=True)
         assert work.result(60) == {"text": "", "tokens": 0, "finish_reason": "stop"}
     talk.say("two")

@@ -17,9 +17,9 @@ from functools import partial
 import httpx
 import pytest
 
+from backend.admission import Limits
 from backend.config import EngineConfig
 from backend.engine.launcher import ProcessHandle
-from backend.server.limits import Limits
 from tests.server.support import Served, serve
 
 STREAMS = 512

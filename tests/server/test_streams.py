@@ -12,8 +12,8 @@ import httpx
 import openai
 import pytest
 
+from backend.admission import Limits
 from backend.server import body as body_module, sse
-from backend.server.limits import Limits
 from tests.server.support import NAME, Served, serve
 
 CHAT = "/v1/chat/completions"
@@ -49,7 +49,8 @@ def test_leaving_before_the_first_token_ends_the_work(served: Served, path: str,
                 f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n"
                 f"{raw}".encode())
             served.eventually(lambda: len(served.engine._streams) == 2)
-            assert served.admission.waiting == 2 and served.admission.waiting_tokens == 8
+            admission = served.classroom.admission
+            assert admission.total.waiting == 2 and admission.waiting_tokens == 8
         served.eventually(lambda: not served.engine._streams)
     served.assert_all_ended()
 
@@ -162,7 +163,7 @@ def test_an_engine_that_is_not_ready_is_a_503(served: Served, monkeypatch: pytes
 
 def test_a_full_queue_is_a_503_and_a_used_up_key_a_429():
     keys = ("key-number-one", "key-number-two")
-    limits = Limits(max_waiting=3, max_waiting_tokens=20, max_per_key=2)
+    limits = Limits(max_waiting=3, max_waiting_tokens=20, max_per_caller=2)
     with serve(limits, api_keys=keys) as served:
         with served.http() as http:
             def ask(text: str, key: int = 0, **fields) -> httpx.Response:
@@ -171,7 +172,7 @@ def test_a_full_queue_is_a_503_and_a_used_up_key_a_429():
 
             with ThreadPoolExecutor(1) as pool, served.script.held():
                 work = pool.submit(ask, "slow", n=2)
-                served.eventually(lambda: served.admission.waiting_tokens == 8)
+                served.eventually(lambda: served.classroom.admission.waiting_tokens == 8)
                 refused = ask("hi")
                 assert refused.status_code == 429 and refused.headers["retry-after"] == "2"
                 assert refused.json()["error"]["code"] == "rate_limit_exceeded"

@@ -16,7 +16,8 @@ from ui.build import mount_page
 def test_nobody_can_fill_the_disk_with_uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     services = remote_services("http://127.0.0.1:1")
-    app = mount_page(base_app(services.chat, ServerConfig(), lambda: ""), services)
+    app = base_app(services.chat, ServerConfig(), services.classroom, lambda: "")
+    app = mount_page(app, services)
     with TestClient(app, base_url="http://127.0.0.1:6006") as client:
         for route in ("/gradio_api/upload", "/upload"):
             answer = client.post(route, files={"files": ("x.bin", b"a" * 1_000_000)})

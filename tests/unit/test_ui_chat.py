@@ -61,7 +61,7 @@ class Clock:
 def begin(
     store: ConversationStore, conversation: Conversation, backend: Backend, user: str, keep: int
 ) -> Pending:
-    live = LiveReply(backend, conversation.messages(keep, user), SamplingParams(), None)
+    live = LiveReply(backend.stream(conversation.messages(keep, user), SamplingParams()))
     return store.begin(conversation, user, keep, live)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -12,15 +13,16 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from backend.admission import Account, Admission, Limits
 from backend.config import ServerConfig
 from backend.errors import ModelNotFoundError, RemoteError, UserError
 from backend.remote_http import normalise_url
 from backend.server import sse
 from backend.server.api import add_fallbacks, bare_app
-from backend.server.auth import Guard, caller, key_name
+from backend.server.auth import Guard, caller
 from backend.server.body import parse_json, read_body, read_json
 from backend.server.failures import describe, error_body
-from backend.server.limits import Admission, Limits
+from backend.server.keys import key_id
 from backend.server.listen import local_url, tunnel_line
 from backend.server.proxy.nodes import Node, Nodes, Work
 from backend.server.proxy.protocol import AddRequest, RemoveRequest
@@ -66,7 +68,8 @@ class Proxy:
         self.nodes = nodes
         self.own_url = ""
         self.admission = Admission(LIMITS)
-        self._admin = key_name(admin_key)
+        self._accounts: defaultdict[str, Account] = defaultdict(Account)  # one a key
+        self._admin = key_id(admin_key)
         self._node_key = node_key
         self._connect = connect
         self._upstreams: dict[Node, Upstream] = {}
@@ -144,7 +147,7 @@ class Proxy:
         node.healthy, node.detail = False, why
 
     def _require_admin(self, request: Request) -> None:
-        if caller(request) != self._admin:
+        if caller(request).id != self._admin:
             raise AdminError("This needs the proxy's admin key.",
                              "It was printed where the proxy was started.")
 
@@ -212,7 +215,9 @@ class Proxy:
         if model is not None and not isinstance(model, str):
             raise UserError("model must be text.", field="model")
         async with AsyncExitStack() as stack:
-            ticket = stack.enter_context(self.admission.admit(caller(request), 1))
+            account = self._accounts[caller(request).id]
+            ticket = stack.enter_context(
+                self.admission.admit(account, 1, LIMITS.max_per_caller))
             answer, work = await sse.until_gone(
                 request.receive, self._ask(path, body, model, stream, stack))
             ticket.started(0)
