@@ -6,7 +6,6 @@ What downloads is imported when it does: other commands need neither it nor what
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from backend.errors import UserError
 from backend.hub.errors import OfflineError
 from backend.hub.names import ENDPOINTS, is_id
+from backend.job_events import write_event
 
 if TYPE_CHECKING:
     from backend.hub.fetch import Progress
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         plan = make_plan(hub, args.id, revision=args.revision, local_dir=args.local_dir,
                          include=args.include, exclude=args.exclude)
         if events:
-            _event("plan", **as_json(plan))
+            write_event("plan", **as_json(plan))
         else:
             print(describe(plan), file=sys.stderr)
         if args.plan:
@@ -77,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
         folder = fetch(hub, plan, Reports()) if events else fetch_visibly(hub, plan)
     except UserError as error:
         if events:
-            _event("error", message=error.message, hint=error.hint, code=error.code)
+            write_event("error", message=error.message, hint=error.hint, code=error.code)
         raise
     if events:
-        _event("result", folder=str(folder))
+        write_event("result", folder=str(folder))
     else:
         print(folder)
     return 0
@@ -213,10 +213,6 @@ class Reports:
             return
         self._last = now
         eta = progress.eta_s
-        _event("step", file=progress.file, done=progress.done, total=progress.total,
-               bytes_per_s=round(progress.bytes_per_s),
-               eta_s=None if eta is None else round(eta, 1))
-
-
-def _event(name: str, **values: Any) -> None:
-    print(json.dumps({"event": name, **values}, ensure_ascii=False), flush=True)
+        write_event("step", file=progress.file, done=progress.done, total=progress.total,
+                    bytes_per_s=round(progress.bytes_per_s),
+                    eta_s=None if eta is None else round(eta, 1))

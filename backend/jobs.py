@@ -31,13 +31,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
 from backend.errors import UserError
+from backend.job_events import JobProgress
 
 State = Literal["running", "paused", "finished", "failed", "cancelled", "died"]
 PROJECT = Path(__file__).resolve().parents[1]
@@ -90,35 +91,6 @@ class Job:
             at = words.index("--progress")
             del words[at:at + 2]
         return shlex.join(["python", "app.py", *words])
-
-
-@dataclass(slots=True)
-class JobProgress:
-    """The sum of a job's events (see quantize/progress.py).
-
-    Attributes:
-        stage, done, total: the stage that it is in; `total` 0 is unknown.
-        eta_s: seconds until the stage ends; None is unknown.
-        figures: all fields of the last "step" event, as bytes_per_s and file, or loss.
-        losses: the errors that steps told, such as each layer's.
-        notes: in order.
-        result, error: fields of the event that ended its last run; None while there is none.
-    """
-
-    stage: str = ""
-    done: int = 0
-    total: int = 0
-    eta_s: float | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    result: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
-
-    @property
-    def share(self) -> float:
-        """Of the stage, from 0 to 1."""
-        return min(self.done / self.total, 1.0) if self.total else 0.0
 
 
 @dataclass(slots=True)
@@ -259,24 +231,7 @@ class JobStore:
         """The sum of its events."""
         progress = JobProgress()
         for event in self.events(id):
-            match event["event"]:
-                case "run":
-                    progress.result = progress.error = progress.eta_s = None
-                case "stage":
-                    progress.stage, progress.eta_s = event["stage"], None
-                    progress.done, progress.total = event.get("done", 0), event["total"]
-                case "step":
-                    progress.stage = event.get("stage", progress.stage)
-                    progress.done, progress.total = event["done"], event["total"]
-                    progress.eta_s, progress.figures = event.get("eta_s"), event
-                    if isinstance(event.get("loss"), int | float):
-                        progress.losses.append(event["loss"])
-                case "note":
-                    progress.notes.append(event["text"])
-                case "result":
-                    progress.result = event
-                case "error":
-                    progress.error = event
+            progress.add(event)
         return progress
 
     def _run(self, id: str, record: _Record) -> Job:

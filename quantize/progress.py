@@ -11,7 +11,6 @@ JSON lines, one event each (seconds since the job began as `elapsed_s`):
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -19,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from backend.errors import UserError
+from backend.job_events import event_line
 from quantize.stages import StageTimes
 
 QUIET_S = 10.0  # between lines of one stage in a log; a terminal's line is drawn anew each time
@@ -111,7 +111,7 @@ class Progress:
         if not self.json:
             return
         record = {"event": event, "elapsed_s": round(self.elapsed(), 3), **values}
-        self._stream.write(json.dumps(finite(record), ensure_ascii=False) + "\n")
+        self._stream.write(event_line(record) + "\n")
         self._stream.flush()
 
     def _write(self, text: str, ends: bool) -> None:
@@ -126,15 +126,6 @@ class Progress:
         if self._open_line:
             self._stream.write("\n")
             self._open_line = False
-
-
-def finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def duration(seconds: float) -> str:

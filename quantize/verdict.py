@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize.progress import duration, finite
+from backend.job_events import finite
+from quantize.progress import duration
 from quantize.stages import PeakMemory
 
 THRESHOLD = 0.05  # nats a token; beyond it a model is worse in a way that its users notice

@@ -92,6 +92,9 @@ def _build_tabs(entries: list[TabEntry], services: Services, page: gr.Blocks) ->
                 tabs.append(entry.build(services))
             if hasattr(tabs[-1], "wire_select"):  # what it does only when somebody opens it
                 tabs[-1].wire_select(tab)
+        for built in tabs:
+            if hasattr(built, "wire_tabs"):  # what it does when something is pressed in another
+                built.wire_tabs(tabs)
     return tabs
 
 

@@ -6,15 +6,21 @@ only where the page has jobs of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
 from backend.services import Services
-from ui.i18n import label
+from ui.answer import warn
+from ui.benchmark_panel import BenchmarkPanel
+from ui.i18n import label, locale_of
+from ui.job_panel import JobPanel
+from ui.perplexity_panel import PerplexityPanel
 from ui.side_by_side import SideBySide
 
 TO_COMPARE = "() => window.LMDESK.showTab('compare')"
+Updates = dict[Any, Any]
 EVENT: dict[str, Any] = {
     "show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 
@@ -26,12 +32,40 @@ class CompareTab:
         with gr.Column(elem_classes="lmd-tab", elem_id="compare-page"):
             gr.Markdown(label("compare.intro"))
             self.sides = SideBySide(services)
+            self.jobs: list[BenchmarkPanel | PerplexityPanel] = []
+            if services.jobs is not None:
+                for name, build in (("benchmark", BenchmarkPanel), ("perplexity", PerplexityPanel)):
+                    with gr.Accordion(label(f"compare.{name}"), open=False,
+                                      elem_id=f"{name}-section", elem_classes="lmd-section"):
+                        self.jobs.append(build(services))
 
     def wire_load(self, page: gr.Blocks) -> None:
         """What happens when the page is opened, and closed."""
         self.sides.wire_load(page)
+        for part in self.jobs:
+            part.panel.wire_load(page)
+
+    def wire_tabs(self, tabs: Sequence[Any]) -> None:
+        """A job that has made a model leads here, from whichever tab shows it."""
+        for tab in tabs:
+            if isinstance(panel := getattr(tab, "panel", None), JobPanel):
+                panel.compare.click(
+                    self._opener(panel), [panel.job_id], self.sides.targets, **EVENT,
+                ).success(None, js=TO_COMPARE)
+
+    def _opener(self, panel: JobPanel) -> Any:
+        async def on_compare(job_id: str, request: gr.Request) -> Updates:
+            """The model that a job has made, beside the one that it was made of."""
+            try:
+                return await self.sides.preset(*panel.pair(job_id, locale_of(request)))
+            except Exception as error:
+                warn(error, locale_of(request))
+                raise gr.Error(visible=False, print_exception=False) from error
+        return on_compare
 
     def wire_select(self, tab: gr.Tab) -> None:
         """List the models when the tab is opened."""
         targets = [picker.target for picker in self.sides.pickers]
         tab.select(self.sides.on_choices, targets, targets, **EVENT)
+        for part in self.jobs:
+            tab.select(part.on_open, part.fields_at_open, part.fields_at_open, **EVENT)

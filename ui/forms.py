@@ -10,8 +10,9 @@ from typing import Any
 import gradio as gr
 
 from backend.config import SamplingParams, base_type
+from backend.errors import UserError
 from backend.workspace.keys import ENGINE_KEYS, KEYS, SWITCH, Key
-from ui.i18n import label
+from ui.i18n import label, t
 
 MAIN_FIELDS = ("temperature", "top_p", "max_tokens")
 MORE_FIELDS = (
@@ -91,6 +92,18 @@ def _number(f: Field[Any], value: float | None, elem_id: str) -> gr.Number:
         elem_id=elem_id,
         min_width=120,
     )
+
+
+def whole_number(value: Any, words: str, most: int, locale: str, *, field: str) -> int:
+    """A whole number from 1 to `most` that somebody typed into the field of that name.
+
+    Raises:
+        UserError: it is none.
+    """
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
+    if not whole or not 1 <= value <= most:
+        raise UserError(t("error.whole_number", locale, name=words, most=most), field=field)
+    return int(value)
 
 
 def setting_input(key: Key, elem_id: str) -> Any:

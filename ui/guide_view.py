@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from html import escape
 
 from backend.guide import QUESTIONS, Figures
-from backend.jobs import Job, JobProgress
+from backend.job_events import JobProgress
+from backend.jobs import Job
 from ui.config_view import gigabytes, problem_html as problem, rounded
 from ui.i18n import t
 

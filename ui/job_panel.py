@@ -11,6 +11,7 @@ It polls only while the job that it shows is running.
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import gradio as gr
 
 from backend.errors import UserError
 from backend.hub.library import discard
+from backend.job_events import JobProgress
 from backend.jobs import Job
 from backend.services import Services
 from ui import job_view
 from ui.answer import warn
-from ui.i18n import label, locale_of
+from ui.i18n import label, locale_of, t
 
 POLL_S = 1.0
 TO_CHAT = "() => window.LMDESK.showTab('chat')"
@@ -49,18 +51,23 @@ class JobPanel:
                                      visible=False, **options)
 
                 self.load = button("load", variant="primary")
+                self.compare = button("compare")  # wired by the tab that compares
+                self.csv = button("csv")
                 self.pause, self.resume = button("pause"), button("resume")
                 self.cancel = button("cancel", variant="stop")
                 self.remove = button("remove")
         self.job_id = gr.State("")
+        self.file = gr.Textbox(visible=False)  # on its way to the browser's downloads
         self.timer = gr.Timer(POLL_S, active=False)
-        self.outputs = [self.box, self.view, self.job_id, self.timer, self.load, self.pause,
-                        self.resume, self.cancel, self.remove]
+        self.outputs = [self.box, self.view, self.job_id, self.timer, self.load, self.compare,
+                        self.csv, self.pause, self.resume, self.cancel, self.remove]
         event: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         self.timer.tick(self.on_tick, [self.job_id], self.outputs, queue=False, **event)
         for clicked, act in ((self.pause, self.store.pause), (self.resume, self.store.resume),
                              (self.cancel, self._cancel), (self.remove, self.store.remove)):
             clicked.click(self._handler(act), [self.job_id], self.outputs, **event)
+        self.csv.click(self.on_csv, [self.job_id], [self.file], **event).then(
+            None, [self.file], [], js="(file) => file && window.LMDESK.download(file)")
         self.load.click(self.on_load_model, [self.job_id], [], **event).success(
             None, None, None, js=TO_CHAT)
 
@@ -80,7 +87,7 @@ class JobPanel:
     async def show(self, job_id: str, locale: str) -> Updates:
         """The panel with that job; nothing without one."""
         try:
-            job, html = await asyncio.to_thread(self._look, job_id, locale)
+            job, progress, html = await asyncio.to_thread(self._look, job_id, locale)
         except UserError:
             return {self.box: gr.update(visible=False), self.job_id: "",
                     self.timer: gr.Timer(active=False)}
@@ -89,6 +96,9 @@ class JobPanel:
             self.box: gr.update(visible=True), self.view: html, self.job_id: job.id,
             self.timer: gr.Timer(active=job.running),
             self.load: gr.update(visible=self._result(job) is not None),
+            self.compare: gr.update(visible=self._result(job) is not None
+                                    and "model" in job.details),
+            self.csv: gr.update(visible=bool(progress.benchmark.rows)),
             self.pause: gr.update(visible=job.running and goes_on),
             self.resume: gr.update(visible=not job.running and job.state != "finished"
                                    and self._result(job) is None),
@@ -102,16 +112,39 @@ class JobPanel:
             job = self.store.get(job_id)
             folder = self._result(job)
             if folder is None or self.services.engines is None:
-                raise UserError(job_view.t("job.no_result", locale_of(request)))
+                raise UserError(t("job.no_result", locale_of(request)))
             options = job.details.get("load_options") or {}
             await self.services.engines.load(str(self.library.checked(folder)), options)
         except Exception as error:
             warn(error, locale_of(request))
             raise gr.Error(visible=False, print_exception=False) from error
 
-    def _look(self, job_id: str, locale: str) -> tuple[Job, str]:
+    async def on_csv(self, job_id: str, request: gr.Request) -> str:
+        """A benchmark's rows. They are made of its events: no file is named, and none is read."""
+        try:
+            job = self.store.get(job_id)
+            progress = await asyncio.to_thread(self.store.progress, job_id)
+        except UserError as error:
+            warn(error, locale_of(request))
+            return ""
+        return json.dumps({"name": f"{job.kind}-{job.id}.csv", "text": progress.benchmark.csv()})
+
+    def pair(self, job_id: str, locale: str) -> tuple[str, str, int | None]:
+        """(original, result, the result's `quant_policy`) of a job that has made a model.
+
+        Raises:
+            UserError: it has made none.
+        """
+        job = self.store.get(job_id)
+        original, result = job.details.get("model"), self._result(job)
+        if original is None or result is None:
+            raise UserError(t("job.no_result", locale))
+        return original, result, (job.details.get("load_options") or {}).get("quant_policy")
+
+    def _look(self, job_id: str, locale: str) -> tuple[Job, JobProgress, str]:
         job, progress = self.store.get(job_id), self.store.progress(job_id)
-        return job, job_view.job_html(job, progress, self.store.log_tail(job_id), locale)
+        html = job_view.job_html(job, progress, self.store.log_tail(job_id), locale)
+        return job, progress, html
 
     def _result(self, job: Job) -> str | None:
         """The folder of the model that it has made, or has measured as it would be served."""

@@ -7,7 +7,9 @@ from html import escape
 from typing import Any
 
 from backend.hub.fetch import gigabytes
-from backend.jobs import Job, JobProgress
+from backend.job_events import JobProgress
+from backend.jobs import Job
+from ui.benchmark_view import benchmark_html
 from ui.i18n import t
 
 BARS = 96  # of the plot, at most; neighbours of longer models share one
@@ -21,6 +23,7 @@ def job_html(job: Job, progress: JobProgress, log: str, locale: str) -> str:
         f"{state_html(job, locale)}</div>",
         progress_html(job, progress, locale),
         plot_html(progress.losses, locale),
+        benchmark_html(progress.benchmark, locale),
         "".join(f'<p class="lmd-note">{escape(note)}</p>' for note in progress.notes[-4:]),
         verdict_html(progress.result, locale),
     ]

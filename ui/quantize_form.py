@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from backend.data_dir import data_dir, results_dir
 from backend.errors import UserError
 from backend.model_library import ModelLibrary
+from ui.forms import whole_number
 from ui.i18n import t
 
 
@@ -138,8 +139,4 @@ def _choice(value: Any, choices: Any, name: str) -> str:
 
 
 def _count(value: Any, name: str, most: int, locale: str) -> int:
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
-    if not whole or not 1 <= value <= most:
-        raise UserError(t("quantize.number", locale, name=t(f"quantize.{name}", locale),
-                          most=most), field=name)
-    return int(value)
+    return whole_number(value, t(f"quantize.{name}", locale), most, locale, field=name)

@@ -80,6 +80,8 @@ class SideBySide:
             self.json = gr.Button(label("chat.export.json"), size="sm", elem_id="compare-json")
         self.record = gr.State(None)  # of the comparison that is shown, when it has ended
         self.file = gr.Textbox(visible=False)  # on its way to the browser's downloads
+        self.targets = [field for picker in self.pickers for field in (
+            picker.target, picker.kv, picker.server, picker.model)]
         self._wire()
 
     def _wire(self) -> None:

@@ -23,6 +23,8 @@ def add_commands(group: Any) -> None:
     sub.add_argument("--rounds", type=count, default=3, help=text)
     text = "rounds before them (default: 1)"
     sub.add_argument("--warmup-rounds", type=count_or_none, default=1, help=text)
+    text = "text for people, or json: an event a line on standard output"
+    sub.add_argument("--progress", choices=("text", "json"), default="text", help=text)
 
     sub = _engine_command(
         group, "profile_throughput", "mixed lengths: requests and tokens a second", _throughput

@@ -10,8 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-
-from tqdm import tqdm
+from typing import Protocol
 
 from backend.benchmark.metrics import Timeline
 from backend.benchmark.report import software
@@ -21,6 +20,13 @@ from backend.engine.launcher import Handle, ProcessHandle
 from backend.engine.types import EngineStats, ModelInfo, Request
 from backend.errors import UserError
 from backend.memory import memory_status
+
+
+class Bar(Protocol):
+    """Is told of each request that has ended."""
+
+    def update(self) -> object:
+        """One more."""
 
 
 @dataclass(slots=True)
@@ -143,7 +149,7 @@ async def run_concurrently(
     session: EngineSession,
     requests: Sequence[tuple[list[int], SamplingParams]],
     concurrency: int,
-    bar: tqdm,
+    bar: Bar,
 ) -> tuple[list[Timeline], float]:
     """Run all requests, `concurrency` of them open at a time.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from backend.benchmark.report import check_csv, print_trace, table, write_csv
 from backend.benchmark.settings import engine_config, launcher
 from backend.config import SamplingParams
 from backend.errors import UserError
+from backend.job_events import write_event
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,38 @@ def grid(concurrency: Sequence[int], prompts: Sequence[int], completions: Sequen
     return [Case(streams, *pair) for pair in pairs for streams in concurrency]
 
 
+class Steps:
+    """Counts requests that have ended, as events of a job.
+
+    Args:
+        total: of all cases.
+    """
+
+    def __init__(self, total: int, clock: Callable[[], float]) -> None:
+        self._done, self._total = 0, total
+        self._clock, self._start = clock, clock()
+        write_event("stage", stage="measure", total=total)
+
+    def update(self) -> None:
+        """One more."""
+        self._done += 1
+        left = (self._clock() - self._start) / self._done * (self._total - self._done)
+        write_event("step", stage="measure", done=self._done, total=self._total, eta_s=left)
+
+
 async def run(args: argparse.Namespace) -> int:
-    """The command; prints a table and returns the exit code."""
+    """The command; prints a table, or events, and returns the exit code."""
+    if args.progress == "text":
+        return await _run(args)
+    write_event("stage", stage="load", total=0)
+    try:
+        return await _run(args)
+    except UserError as error:
+        write_event("error", message=error.message, hint=error.hint)
+        raise
+
+
+async def _run(args: argparse.Namespace) -> int:
     cases = grid(args.concurrency, args.prompt_tokens, args.completion_tokens)
     check_csv(args.csv)
     config = await engine_config(args, max(args.concurrency))
@@ -69,6 +100,10 @@ async def run(args: argparse.Namespace) -> int:
         for case in cases:
             session.check_length(case.prompt_tokens + case.completion_tokens)
         trace = session.trace()
+        rounds = args.warmup_rounds + args.rounds
+        steps = None
+        if args.progress == "json":
+            steps = Steps(sum(case.concurrency for case in cases) * rounds, session.clock)
         try:
             for case in cases:
                 sampling = SamplingParams(
@@ -78,15 +113,18 @@ async def run(args: argparse.Namespace) -> int:
                     max_tokens=case.completion_tokens,
                     ignore_eos=True,
                 )
-                rows.append(
-                    await measure(session, case, sampling, args.warmup_rounds, args.rounds, rng)
-                )
+                rows.append(await measure(
+                    session, case, sampling, args.warmup_rounds, args.rounds, rng, steps))
+                if steps is not None:
+                    write_event("row", row=rows[-1], trace=trace)
         finally:  # an engine that dies in a large case does not take the small ones with it
-            if rows:
+            if rows and steps is None:
                 print_trace(trace)
                 print(table(rows), flush=True)
-                if args.csv is not None:
-                    write_csv(args.csv, rows, trace)
+            if rows and args.csv is not None:
+                write_csv(args.csv, rows, trace)
+    if steps is not None:
+        write_event("result", rows=rows, trace=trace)
     return 0
 
 
@@ -97,21 +135,28 @@ async def measure(
     warmup_rounds: int,
     rounds: int,
     rng: random.Random,
+    steps: Steps | None = None,
 ) -> dict[str, Any]:
-    """Run one case; returns its row. Latencies are over all test rounds together."""
+    """Run one case; returns its row. Latencies are over all test rounds together.
+
+    Args:
+        steps: is told of each request that has ended; else a bar is drawn.
+    """
     timelines: list[Timeline] = []
     rates, memory = [], []
     preemptions = 0
     name = f"{case.concurrency} x ({case.prompt_tokens}, {case.completion_tokens})"
     total = case.concurrency * (warmup_rounds + rounds)
-    with tqdm(total=total, desc=name, unit="request", disable=None) as bar:
+    with tqdm(total=total, desc=name, unit="request",
+              disable=True if steps else None) as bar:
         for index in range(-warmup_rounds, rounds):
             requests = [
                 (random_prompt(case.prompt_tokens, session.info.vocab_size, rng), sampling)
                 for _ in range(case.concurrency)
             ]
             before = session.stats.num_preemptions
-            finished, wall = await run_concurrently(session, requests, case.concurrency, bar)
+            finished, wall = await run_concurrently(
+                session, requests, case.concurrency, steps or bar)
             if index < 0:
                 continue
             timelines += finished

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
 import math
 import platform
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.benchmark.metrics import Summary
+from backend.benchmark_result import csv_text
 from backend.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -91,9 +91,7 @@ def write_csv(path: str, rows: Sequence[dict[str, Any]], trace: dict[str, str]) 
     """
     try:
         with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *trace])
-            writer.writeheader()
-            writer.writerows({**row, **trace} for row in rows)
+            file.write(csv_text(rows, trace))
     except OSError as error:
         raise _unwritable(path, error) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import csv
+import io
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from backend.benchmark.profile_restful_api import (
 )
 from backend.benchmark.profile_throughput import measure as measure_throughput
 from backend.benchmark.report import format_value, without_keys
+from backend.benchmark_result import BenchmarkResult
 from backend.config import EngineConfig, SamplingParams
 from backend.engine.engine import Engine
 from backend.engine.inline import ThreadHandle
@@ -294,6 +296,27 @@ def test_command_writes_table_and_csv(tmp_path: Path, capfd: pytest.CaptureFixtu
         first, second = csv.DictReader(rows)
     assert (first["concurrency"], second["concurrency"], first["completion"]) == ("1", "2", "4")
     assert first["prefix_caching"] == "off" and first["commit"] and float(first["tok/s"]) > 0
+
+
+def test_command_as_a_job_tells_events(capfd: pytest.CaptureFixture[str]):
+    words = ["benchmark", "profile_generation", str(BUNDLED_MODEL), "--concurrency", "1", "2",
+             "--completion-tokens", "4", "--rounds", "1", "--inline", "--progress", "json"]
+    assert app.main(words) == 0
+    events = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    assert [step["done"] for step in steps] == list(range(1, 7))
+    assert {step["total"] for step in steps} == {6}
+    result = BenchmarkResult()
+    for event in events:
+        result = result.plus(event) if event["event"] == "row" else result
+    assert [row["concurrency"] for row in result.rows] == [1, 2]
+    assert events[-1] == {"event": "result", "rows": result.rows, "trace": result.trace}
+    first, second = csv.DictReader(io.StringIO(result.csv()))
+    assert (first["concurrency"], second["concurrency"]) == ("1", "2") and first["device"] == "cpu"
+    assert BenchmarkResult().csv() == ""
+    assert app.main([*words, "--temperature", "9"]) == 2
+    last = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert last["event"] == "error" and "temperature" in last["message"]
 
 
 def test_command_runs_mixed_lengths(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
