@@ -2,17 +2,16 @@
 
 Continuous batching (Orca, Yu et al. 2022) with chunked prefill (Sarathi, Agrawal et al. 2023):
 every step first takes one token of each decoding sequence, then fills the rest of the token
-budget with pieces of prompts. Admission is first come, first served. When blocks run out, the
-sequence admitted last gives its blocks back and waits at the head of the queue, to be recomputed
-(mostly from the prefix cache); the oldest therefore always gets on, and nothing starves. So does a
-sequence that outgrows the step of its rotary frequencies (`backend.layers.rotary`), because they
-are others for all its tokens then.
+budget with pieces of prompts. Owners of requests take turns to be admitted (`WaitingQueue`). When
+blocks run out, the sequence admitted last gives its blocks back and waits at the head of the queue,
+to be recomputed (mostly from the prefix cache); the oldest therefore always gets on, and nothing
+starves. So does a sequence that outgrows the step of its rotary frequencies
+(`backend.layers.rotary`), because they are others for all its tokens then.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Iterator
 
 from backend.engine.block_manager import BlockManager
@@ -25,6 +24,7 @@ from backend.engine.types import (
     Sequence,
     StepOutput,
 )
+from backend.engine.waiting import WaitingQueue
 
 # After a step that found no memory: tokens that a smaller one has at least, and steps that must
 # succeed before larger ones are tried again.
@@ -55,12 +55,12 @@ class Scheduler:
         self._rope_bounds = rope_bounds
         self._limits = (self.max_batch_size, self.max_step_tokens)
         self._steps_to_growth = STEPS_TO_GROWTH
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: dict[str, Sequence] = {}  # in order of admission
         self.stats = EngineStats()
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
+        self.waiting.add(seq)
 
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
@@ -72,12 +72,10 @@ class Scheduler:
             seq.is_finished = True
             self.blocks.release(seq)
             return True
-        for seq in self.waiting:
-            if seq.request_id == request_id:
-                seq.is_finished = True
-                self.waiting.remove(seq)
-                return True
-        return False
+        seq = self.waiting.remove(request_id)
+        if seq is not None:
+            seq.is_finished = True
+        return seq is not None
 
     def schedule(self) -> Batch:
         """The next step's work: decodes, then prompts begun, then new prompts.
@@ -188,7 +186,7 @@ class Scheduler:
         """Take a running sequence's blocks; it waits at the head of the queue."""
         del self.running[seq.request_id]
         self.blocks.release(seq)
-        self.waiting.appendleft(seq)
+        self.waiting.put_back(seq)
 
     def gauges(self) -> EngineStats:
         """The counters, with the queues and the pool as they are now."""
@@ -231,14 +229,14 @@ class Scheduler:
     def _admit(self) -> Iterator[Sequence]:
         """Admit waiting sequences while they fit, leaving a block to each that runs already."""
         while self.waiting and len(self.running) < self.max_batch_size:
-            seq = self.waiting[0]
+            seq = self.waiting.next(self.running.values())
             if seq.num_pending_tokens:  # preempted a moment ago; all its tokens must be known
                 return
             if (step := self._rope_step(seq)) != seq.rope_step:
                 seq.rope_step, seq.block_hashes = step, []
             if not self.blocks.attach(seq, reserve=len(self.running)):
                 return
-            self.waiting.popleft()
+            self.waiting.take(seq)
             self.running[seq.request_id] = seq
             if not seq.was_admitted:
                 seq.was_admitted = True

@@ -27,8 +27,8 @@ class Request:
         request_id: unique among all requests of an engine, made by the server, never by a client.
         prompt_token_ids: at least one id, each below the vocabulary size.
         eos_token_ids: the model's end-of-reply ids, honoured unless `sampling.ignore_eos`.
-        owner: whose it is, as the server knows them. Owners share no prefixes, so that no one can
-            time another's prompts out of the cache.
+        owner: whose it is, as the server knows them. Owners take turns (see `waiting.py`), and
+            share no prefixes, so that no one can time another's prompts out of the cache.
     """
 
     request_id: str
