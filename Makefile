@@ -3,6 +3,8 @@
 # make test-gpu PYTHON=python3   the tests that need a GPU
 
 PYTHON ?= python3
+# Processes that share the tests, a file at a time; each computes with one thread.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -13,7 +15,7 @@ run: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/python -m tests.browser
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
 
 # On a machine with an NVIDIA GPU; uses PYTHON as it is, and installs nothing.
 test-gpu:

@@ -1,8 +1,25 @@
-"""Before any test imports Triton: without a GPU its kernels are interpreted, and must be from the
-start, because Triton's own functions are made for one or the other when it is imported."""
+"""What holds for all tests.
+
+Before any test imports Triton: without a GPU its kernels are interpreted, and must be from the
+start, because Triton's own functions are made for one or the other when it is imported.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
 
 from tests.ops import gpu_device
 
 assert gpu_device.DEVICE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home_of_nobody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept for a user goes to folders of this process: tests see nobody else's, nor yours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LMDESK_HOME", raising=False)
+        for name in ("XDG_DATA_HOME", "XDG_CACHE_HOME"):
+            patch.setenv(name, str(tmp_path_factory.mktemp("home")))
+        yield
