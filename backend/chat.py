@@ -135,7 +135,7 @@ class ChatService:
             engine.detail,
             engine.info,
             engine.stats,
-            await asyncio.to_thread(memory_status, engine.pid, engine.info),
+            await asyncio.to_thread(memory_status, engine.pid, engine.info, engine.stats),
         )
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 
-from backend.engine.types import ModelInfo
+from backend.engine.types import EngineStats, ModelInfo
+
+# Whose the device's memory is. kv_reserved: of the KV pool, what no sequence uses; engine: what
+# else the engine holds; others: other processes, and a GPU's driver.
+PARTS = ("weights", "kv_used", "kv_reserved", "engine", "others", "free")
 
 
 @dataclass(slots=True)
 class MemoryStatus:
-    """Bytes. `used` and `total` are the device's (the GPU's, or the machine's on a CPU)."""
+    """Bytes. `used` and `total` are the device's (the GPU's, or the machine's on a CPU).
+
+    Attributes:
+        parts: by PARTS, `total` together; empty where that is not known.
+    """
 
     used: int
     total: int
     engine: int  # resident memory of the engine's process
     weights: int
     kv_cache: int
+    parts: dict[str, int] = field(default_factory=dict)
 
 
-def memory_status(engine_pid: int | None, info: ModelInfo | None) -> MemoryStatus | None:
-    """Figures for the engine with process id `engine_pid`; None while there is no model."""
+def memory_status(
+    engine_pid: int | None, info: ModelInfo | None, stats: EngineStats | None = None
+) -> MemoryStatus | None:
+    """Figures for the engine with process id `engine_pid`; None while there is no model.
+
+    Args:
+        stats: the engine's last ones, if it has told any yet.
+    """
     if engine_pid is None or info is None:
         return None
     try:
@@ -31,11 +46,39 @@ def memory_status(engine_pid: int | None, info: ModelInfo | None) -> MemoryStatu
         return None
     if info.device == "cpu":
         machine = psutil.virtual_memory()
-        used, total = machine.total - machine.available, machine.total
+        used, total, taken = machine.total - machine.available, machine.total, resident
     else:
         used, total = gpu_memory(info.tp)
-    kv_cache = info.num_blocks * info.block_size * info.kv_bytes_per_token
-    return MemoryStatus(used, total, resident, info.weight_bytes, kv_cache)
+        taken = info.device_bytes
+    block_bytes = info.block_size * info.kv_bytes_per_token
+    kv_cache = info.num_blocks * block_bytes
+    held = info.num_blocks - stats.num_blocks_free - stats.num_blocks_cached if stats else 0
+    parts = {}
+    if total:
+        parts = memory_parts(
+            taken, used=used, total=total, weights=info.weight_bytes, kv_cache=kv_cache,
+            kv_used=held * block_bytes,
+        )
+    return MemoryStatus(used, total, resident, info.weight_bytes, kv_cache, parts)
+
+
+def memory_parts(
+    taken: int, *, used: int, total: int, weights: int, kv_cache: int, kv_used: int
+) -> dict[str, int]:
+    """A device's `total` bytes by PARTS.
+
+    Args:
+        taken: by the engine, of the `used` ones. Memory of a CPU is taken when it is first written
+            to, so that may be less than weights and pool: then less of the reserve counts.
+    """
+    taken = min(taken, total)
+    used = max(used, taken)
+    parts, left = {}, taken
+    known = (("weights", weights), ("kv_used", kv_used), ("kv_reserved", kv_cache - kv_used))
+    for name, size in known:
+        parts[name] = min(size, left)
+        left -= parts[name]
+    return {**parts, "engine": left, "others": used - taken, "free": total - used}
 
 
 def gpu_memory(count: int) -> tuple[int, int]:

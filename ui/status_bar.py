@@ -1,5 +1,7 @@
 """The bar that is always in sight: model, state, memory and queue of the engine.
 
+The device's memory is a strip of whose it is; opened, by mouse or keyboard, it is a list of them.
+
 Its figures are fetched by the page's script as plain JSON from /api/status every two seconds: a
 timer of Gradio's costs the server ten times as much, for every open page.
 """
@@ -22,7 +24,12 @@ TEMPLATE = """
   <span class="lmd-gauges">
     <span class="lmd-gauge" data-status="queue"></span>
     <span class="lmd-gauge" data-status="kv"></span>
-    <span class="lmd-gauge" data-status="memory"></span>
+    <details class="lmd-memory-of" hidden>
+      <summary class="lmd-gauge">
+        <span data-status="memory"></span><span class="lmd-parts" role="img"></span>
+      </summary>
+      <ul></ul>
+    </details>
   </span>
   <select class="lmd-language"></select>
 </header>

@@ -87,11 +87,44 @@
     } else {
       gauge("kv", "", "");
     }
-    gauge("memory", memory ? text("memory", {
-      used: size(memory.used), total: size(memory.total) }) : "",
-      memory?.total ? memory.used / memory.total : "",
-      memory ? text("weights", { weights: size(memory.weights), kv: size(memory.kv_cache),
-        engine: size(memory.engine) }) : "");
+    showMemory(memory, info);
+  };
+
+  // Whose the device's memory is (backend/memory.py): the strip, its words for a screen reader, and
+  // the same as a list. Elements are made once, so that nothing is read out, or closes, anew.
+  const showMemory = (memory, info) => {
+    const box = document.querySelector("#status-bar .lmd-memory-of");
+    if (!box) return;
+    box.hidden = !memory?.total;
+    if (box.hidden) return;
+    const values = { used: size(memory.used), total: size(memory.total) };
+    gauge("memory", info && info.device !== "cpu" ? text("gpu_memory", values)
+      : text("memory", values), "",
+      text("weights", { weights: size(memory.weights), kv: size(memory.kv_cache),
+        engine: size(memory.engine) }));
+    const strip = box.querySelector(".lmd-parts");
+    const list = box.querySelector("ul");
+    const parts = Object.entries(memory.parts || {});
+    if (strip.children.length !== parts.length) {
+      strip.replaceChildren(...parts.map(([name]) => {
+        const part = document.createElement("span");
+        part.className = `lmd-part-${name}`;
+        return part;
+      }));
+      list.replaceChildren(...parts.map(([name]) => {
+        const row = document.createElement("li");
+        row.className = `lmd-key-${name}`;
+        row.append(text(`part.${name}`), document.createElement("b"));
+        return row;
+      }));
+    }
+    parts.forEach(([, bytes], i) => {
+      strip.children[i].style.flexGrow = bytes / memory.total;
+      strip.children[i].hidden = bytes === 0;
+      list.children[i].querySelector("b").textContent = size(bytes);
+    });
+    const words = parts.map(([name, bytes]) => `${text(`part.${name}`)} ${size(bytes)}`).join(", ");
+    if (strip.getAttribute("aria-label") !== words) strip.setAttribute("aria-label", words);
   };
 
   // Restful mode: /api/status tells of the default server; of another one the page knows only

@@ -104,6 +104,8 @@ class ModelRunner:
                 shape, self.info.num_blocks * self.block_size, self.device
             )
             prepare_s = self._prepare(config) if on_gpu and not self._reference else 0.0
+            if on_gpu:
+                self.info.device_bytes = torch.cuda.memory_reserved(self.device) * config.tp
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "The GPU has too little memory for this model's steps and KV cache.",

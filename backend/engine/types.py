@@ -195,6 +195,8 @@ class ModelInfo:
     tp: int
     # Longest sequence of each step of the rotary frequencies; the last holds session_len tokens.
     rope_bounds: tuple[int, ...] = ()
+    # Of the GPUs' memory, taken by PyTorch when the engine was ready, all ranks together.
+    device_bytes: int = 0
 
 
 @dataclass(slots=True)

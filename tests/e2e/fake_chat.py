@@ -18,10 +18,13 @@ from backend.classroom import SCOPE_KEY, Caller
 from backend.config import SamplingParams
 from backend.engine.types import EngineStats, ModelInfo
 from backend.errors import UserError
-from backend.memory import MemoryStatus
+from backend.memory import MemoryStatus, memory_parts
 from backend.services import Services
 from ui.build import mount_page
 
+GB = 1 << 30
+PARTS = memory_parts(
+    5 * GB, used=6 * GB, total=16 * GB, weights=2 * GB, kv_cache=2 * GB, kv_used=GB // 2)
 INFO = ModelInfo(
     "LlamaForCausalLM", "cpu", "float32", 8000, 200, 8, 100, 64, 32, "", 12_000_000, 4096, 1
 )
@@ -54,7 +57,7 @@ class FakeChat:
     async def status(self) -> ServiceStatus:
         return ServiceStatus(
             self.state, "fake-model", "", INFO, EngineStats(num_running=1, num_blocks_free=75),
-            MemoryStatus(6 << 30, 16 << 30, 500 << 20, 12_000_000, 26_214_400))
+            MemoryStatus(6 * GB, 16 * GB, 500 << 20, 12_000_000, 26_214_400, PARTS))
 
     async def count_tokens(self, messages: Sequence[Message]) -> int:
         return sum(len(message["content"].split()) + 4 for message in messages)
