@@ -17,7 +17,7 @@ assert gpu_device.DEVICE
 
 @pytest.fixture(scope="session", autouse=True)
 def home_of_nobody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is kept for a user goes to folders of this process: tests see nobody else's, nor yours."""
+    """What is kept for a user goes to folders of this process, and is nobody else's, nor yours."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("LMDESK_HOME", raising=False)
         for name in ("XDG_DATA_HOME", "XDG_CACHE_HOME"):

@@ -1,4 +1,8 @@
-"""How events answer what a person did wrong: a sentence in a toast."""
+"""How events answer what a person did wrong: a sentence in a toast.
+
+An event is a request of its own. Handlers that catch every Exception, not only UserError, do so for
+what they have to leave behind on the page: past them Gradio shows "Error", and changes no output.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,8 @@ def sentence(error: BaseException, locale: str) -> str:
     return t("error.internal", locale)
 
 
-def warn(error: BaseException, locale: str) -> None:
-    """`sentence` as a toast."""
-    gr.Warning(escape(sentence(error, locale)))
+def warn(error: BaseException, locale: str) -> str:
+    """`sentence` as a toast; returns it, for who shows it elsewhere too."""
+    words = sentence(error, locale)
+    gr.Warning(escape(words))
+    return words

@@ -6,7 +6,6 @@ decided here is decided again by `backend.workspace.editor` when it is saved.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from html import escape
@@ -24,9 +23,8 @@ from backend.workspace.editor import Draft, changes_of, digest, draft, save, und
 from backend.workspace.keys import ENGINE_KEYS, KEYS, Key
 from backend.workspace.settings import SettingsFile, rows, settings_of
 from ui import config_view, forms
+from ui.answer import sentence
 from ui.i18n import label, locale_of, t
-
-logger = logging.getLogger(__name__)
 
 MAIN = ("quant_policy", "kv_cache_dtype", "rope_scaling_factor", "use_logn_attn", "max_batch_size",
         "session_len", "cache_max_entry_count")
@@ -310,11 +308,8 @@ class ConfigTab:
             freed = await self._freed()
             now = await self._fit(file, after, freed)
             saved = await self._fit(file, before, freed) if changes else None
-        except UserError as error:
-            return {self.memory: config_view.problem_html(str(error))}
-        except Exception:
-            logger.exception("A model could not be measured")
-            return {self.memory: config_view.problem_html(t("error.internal", locale))}
+        except Exception as error:
+            return {self.memory: config_view.problem_html(sentence(error, locale))}
         return {self.memory: config_view.memory_html(now, saved, freed, locale)}
 
     async def _fit(self, file: SettingsFile, ini: ConfigIni, freed: int) -> Fit:

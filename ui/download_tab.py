@@ -72,7 +72,7 @@ class DownloadTab:
             plan = await asyncio.to_thread(_plan, source, id, revision, endpoint, token)
             return plan_html(plan, locale)
         except Exception as error:
-            return problem_html(_helpful(error, locale))
+            return problem_html(_helpful(error, sentence(error, locale), locale))
 
     async def on_start(
         self, source: str, id: str, revision: str, endpoint: str, token: str, request: gr.Request
@@ -94,8 +94,8 @@ class DownloadTab:
                 self.store.start, [*argv, "--progress", "json"], plan.id, "download",
                 details={"target": str(plan.target)}, secret=token.strip() or None)
         except Exception as error:
-            warn(error, locale)
-            return {self.planned: problem_html(_helpful(error, locale))}
+            said = warn(error, locale)
+            return {self.planned: problem_html(_helpful(error, said, locale))}
         return {self.planned: plan_html(plan, locale), **await self.panel.show(job.id, locale)}
 
     def _local(self, path: str, locale: str) -> str:
@@ -114,11 +114,11 @@ def _plan(source: str, id: str, revision: str, endpoint: str, token: str) -> Pla
     return make_plan(hub, id_of_page(id.strip()), revision=revision.strip())
 
 
-def _helpful(error: Exception, locale: str) -> str:
-    """The error's own sentence, and for the usual ones what to do on this page."""
+def _helpful(error: Exception, said: str, locale: str) -> str:
+    """What is `said` of the error, and for the usual ones what to do on this page."""
     key = f"download.help.{getattr(error, 'code', '')}"
     more = t(key, locale) if key in catalogs()["en"] else ""
-    return f"{sentence(error, locale)} {more}".strip()
+    return f"{said} {more}".strip()
 
 
 def plan_html(plan: Plan, locale: str) -> str:

@@ -127,7 +127,7 @@ class QuantizeTab:
             found = await self.quick.ask([*argv, "--plan"])
             before = await asyncio.to_thread(self._seconds_before, argv)
         except Exception as error:
-            yield self._refused(error, locale)
+            yield self._refused(error, sentence(error, locale))
             return
         yield self._told() | {
             self.plan: plan_html(found["plan"], before, locale),
@@ -151,8 +151,7 @@ class QuantizeTab:
                 self.store.start, [*argv, "--progress", "json"], title, "quantize",
                 details=details)
         except Exception as error:
-            warn(error, locale)
-            return self._refused(error, locale)
+            return self._refused(error, warn(error, locale))
         return await self.panel.show(job.id, locale)
 
     def _told(self) -> Updates:
@@ -160,9 +159,9 @@ class QuantizeTab:
         return {**{note: gr.update(value="", visible=False) for note in self.notes.values()},
                 self.start: gr.update(interactive=True)}
 
-    def _refused(self, error: Exception, locale: str) -> Updates:
+    def _refused(self, error: Exception, said: str) -> Updates:
         """The refusal, beside the field that it is about."""
-        words = problem_html(sentence(error, locale))
+        words = problem_html(said)
         place = PLACES.get(getattr(error, "field", None) or "")
         told = self._told() | {self.start: gr.update(interactive=False), self.command: ""}
         if place is None:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import OrderedDict
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from backend.chat import ChatBackend
-from backend.errors import UserError
 from backend.services import Services
-from ui.i18n import label, locale_of, t
+from ui.answer import warn
+from ui.i18n import label, locale_of
 
 MAX_CLIENTS = 100
-
-logger = logging.getLogger(__name__)
 
 
 class RemotePanel:
@@ -58,12 +54,8 @@ class RemotePanel:
         locale = locale_of(request)
         try:
             names = await self._client(url, api_key).models()
-        except UserError as error:
-            gr.Warning(escape(str(error)))
-            return gr.update(choices=[], value=None)
-        except Exception:
-            logger.exception("Connecting to an api_server failed")
-            gr.Warning(t("error.internal", locale))
+        except Exception as error:
+            warn(error, locale)
             return gr.update(choices=[], value=None)
         return gr.update(choices=names, value=names[0] if names else None)
 

@@ -40,7 +40,7 @@ class ThreadHandle:
                 worker.serve(connection, start, build)
         except (EOFError, OSError):
             pass  # the other end closed: nobody needs this engine any more
-        except Exception:
+        except Exception:  # the thread's end: the closed connection tells the other side
             log.exception("The engine thread died")
 
     def kill(self) -> None:

@@ -160,7 +160,7 @@ async def _lines(pieces: AsyncGenerator[Json, None], turn: Turn) -> AsyncGenerat
         async for piece in pieces:
             begun, tokens = True, piece["tokens"]
             yield sse.line(piece)
-    except Exception as error:
+    except Exception as error:  # whatever it is: the status is sent, only a line can tell
         if not begun:
             raise
         turn.failed = True

@@ -190,7 +190,7 @@ async def _events(deltas: Deltas, count: int, reply: Reply) -> AsyncGenerator[by
             if delta.finish_reason is not None and delta.stats is not None:
                 stats[index] = delta.stats
                 yield sse.event(reply.closing(index, delta.finish_reason))
-    except Exception as error:
+    except Exception as error:  # whatever it is: the status is sent, only an event can tell
         if not opened:
             raise
         yield sse.event(describe(error)[1])

@@ -78,7 +78,7 @@ async def interleave(
             async with aclosing(stream):
                 async for item in stream:
                     await items.put((index, item))
-        except Exception as error:
+        except Exception as error:  # not for this task: who reads the items raises it
             await items.put(error)
         else:
             await items.put(None)

@@ -89,6 +89,7 @@ def test_a_killed_download_goes_on_inside_the_file(stand_in, repository, hub, pl
     part = part_of(plan.target, big)
     try:
         until(lambda: part.exists() and part.stat().st_size > 20_000, "nothing comes")
+        stand_in.bytes_per_s = 4_000  # a minute for the rest: however busy, it is not done before
         with pytest.raises(BusyError, match="another process"):
             fetch(hub, plan)
     finally:

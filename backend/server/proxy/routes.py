@@ -137,7 +137,7 @@ class Proxy:
         while True:
             try:
                 await self.check_all()
-            except Exception:
+            except Exception:  # one bad round must not end all checks
                 log.exception("The nodes could not be checked")
             await asyncio.sleep(CHECK_INTERVAL_SECONDS)
 
