@@ -181,10 +181,14 @@ def attention(
     metadata: AttentionMetadata,
     scale: float,
     window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`rotary_embedding`, `store_kv` and `paged_attention` in one: what a layer calls."""
+    """`rotary_embedding`, `store_kv` and `paged_attention` in one: what a layer calls.
+
+    `out` [T, H, D], contiguous, is where the result is put and what is returned, if it is given.
+    """
     return implementation("attention", q.device.type)(
-        q, k, v, cos, sin, cache, metadata, scale, window
+        q, k, v, cos, sin, cache, metadata, scale, window, out
     )
 
 

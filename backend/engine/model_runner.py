@@ -16,6 +16,7 @@ from backend.config import EngineConfig
 from backend.engine import kv_cache, kv_plan, messages, sampler
 from backend.engine.cuda_graph import DecodeSteps
 from backend.engine.kv_cache import KVShape
+from backend.engine.prompt_steps import MOST_TOKENS, PromptSteps, extra_bytes
 from backend.engine.ranks import resolve_device
 from backend.engine.step_input import placeholder, prepare
 from backend.engine.types import (
@@ -97,6 +98,7 @@ class ModelRunner:
             config.kv_cache_bits, kv_cache.static_params(config, model_config, parallel),
         )  # fmt: skip
         self._decode_steps: DecodeSteps | None = None
+        self._prompt_steps: PromptSteps | None = None
         self.kv_caches: list[KVCache] = []
         try:
             self.info = self._plan(config, model_config, shape)
@@ -208,9 +210,11 @@ class ModelRunner:
         if any(step.rope_steps):
             counts = zip(step.rope_steps, step.query_lens)
             rope_steps = self._tensor([s for s, n in counts for _ in range(n)], torch.int64)
-        hidden = self.model(
-            input_ids, positions, self.kv_caches, self._metadata(step), rope_steps
-        )
+        steps, metadata = self._prompt_steps, self._metadata(step)
+        if steps is not None and steps.fits(len(step.token_ids)):
+            hidden = steps.run(input_ids, positions, rope_steps, metadata)
+        else:
+            hidden = self.model(input_ids, positions, self.kv_caches, metadata, rope_steps)
         if len(step.sample_rows) != len(step.token_ids):
             hidden = hidden[self._tensor(step.sample_rows, torch.int64)]
         return self.model.compute_logits(hidden)
@@ -300,16 +304,23 @@ class ModelRunner:
         That also compiles the kernels for it, and makes libraries take their workspaces.
         """
         most = config.max_batch_size * longest  # more tokens are never there at once
-        tokens = max(min(config.max_prefill_token_num, most), config.max_batch_size)
+        tokens = self._largest_step(config, longest)
         self.kv_caches = kv_cache.allocate(shape, self.block_size, self.device)
-        sizes = (tokens, config.max_batch_size)
-        # The second for what the graphs keep of their own, with the logits that they share.
-        largest, graphs = (self._peak(size, config, longest) for size in sizes)
+        # The second for what the graphs of decoding keep of their own, with the logits that they
+        # share; the third for those of prompts.
+        sizes = {tokens, config.max_batch_size, min(tokens, MOST_TOKENS)}
+        peaks = sum(self._peak(size, config, longest) for size in sizes)
         self.kv_caches = []
+        recorded = extra_bytes(self.model, tokens)
         logits = 4 * config.max_batch_size * self.model.config.vocab_size
         copies = kv_cache.prefill_copy_bytes(shape, most)
         # A little more than seen: the allocator's blocks are not always filled to the brim.
-        return int(1.1 * (largest + graphs)) + logits + copies + (64 << 20)
+        return int(1.1 * peaks) + recorded + logits + copies + (64 << 20)
+
+    def _largest_step(self, config: EngineConfig, longest: int) -> int:
+        """Tokens of it."""
+        most = min(config.max_prefill_token_num, config.max_batch_size * longest)
+        return max(most, config.max_batch_size)
 
     def _peak(self, tokens: int, config: EngineConfig, longest: int) -> int:
         """Bytes that an eager step of so many tokens takes at its height."""
@@ -336,9 +347,14 @@ class ModelRunner:
         steps.prepare()
         # Kernels have forms by the number of tokens; nobody should wait for one to be compiled.
         room = min(self.info.session_len, config.max_prefill_token_num)
-        for lengths in ([9], [33], [97], [193], [385], [1, 1, 33]):
+        for lengths in ([16], [64], [128], [256], [512], [1024], [1, 1, 30]):
             if max(lengths) <= room and len(lengths) <= config.max_batch_size:
                 self.compute(placeholder(lengths, len(lengths), self.block_size))
+        if not config.batch_invariant:  # there the kernels' own time is what counts
+            most = self._largest_step(config, self.info.session_len)
+            self._prompt_steps = PromptSteps(
+                self.model, self.kv_caches, most, self.device, capture=not config.eager_mode
+            )
         torch.cuda.synchronize(self.device)
         self._decode_steps = steps
         return time.perf_counter() - start

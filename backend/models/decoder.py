@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from backend.layers.attention import Attention
+from backend.layers.attention import Attention, BatchLayout
 from backend.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from backend.layers.linear import (
     BuildContext,
@@ -28,7 +28,7 @@ from backend.layers.norm import RMSNorm
 from backend.layers.rotary import RotaryEmbedding, Rotation
 from backend.models.layout import LLAMA, Layout
 from backend.models.model_config import ConfigFields, ModelConfig
-from kernels.ops import AttentionMetadata, KVCache
+from kernels.ops import KVCache
 
 
 class SelfAttention(nn.Module):
@@ -70,7 +70,7 @@ class SelfAttention(nn.Module):
         hidden: Tensor,
         rotation: Rotation,
         kv_cache: KVCache,
-        metadata: AttentionMetadata,
+        metadata: BatchLayout,
     ) -> Tensor:
         """hidden [T, hidden_size] -> [T, hidden_size]."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
@@ -125,7 +125,7 @@ class DecoderLayer(nn.Module):
         residual: Tensor | None,
         rotation: Rotation,
         kv_cache: KVCache,
-        metadata: AttentionMetadata,
+        metadata: BatchLayout,
     ) -> tuple[Tensor, Tensor]:
         """(this layer's MLP output, the residual that it must still be added to)."""
         if residual is None:
@@ -186,6 +186,7 @@ class Decoder(nn.Module):
 
     Attributes:
         config: of the whole model.
+        num_heads: on this rank.
         num_kv_heads: on this rank, which is how many the KV pools have.
     """
 
@@ -199,6 +200,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, session_len: int, context: BuildContext) -> None:
         super().__init__()
         self.config = config
+        self.num_heads = context.parallel.divide(config.num_heads, "attention heads")
         self.num_kv_heads = kv_heads_per_rank(config.num_kv_heads, context.parallel)
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, "model.embed_tokens", context
@@ -228,7 +230,7 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         positions: Tensor,
         kv_caches: list[KVCache],
-        metadata: AttentionMetadata,
+        metadata: BatchLayout,
         rope_steps: Tensor | int = 0,
     ) -> Tensor:
         """Run the new tokens of all sequences, writing their K and V into the pools.
@@ -237,7 +239,7 @@ class Decoder(nn.Module):
             input_ids: int64 [T].
             positions: int64 [T], each token's place in its sequence.
             kv_caches: each layer's pool, of `num_kv_heads` heads.
-            metadata: where the tokens lie.
+            metadata: where the tokens lie, or who takes the attentions (`AttentionCall`) over.
             rope_steps: `rotary.step_of` each token's sequence, int64 [T], or one for all.
 
         Returns:

@@ -41,6 +41,7 @@ def attention(
     metadata: AttentionMetadata,
     scale: float,
     window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `kernels.ops.attention`.
 
@@ -48,7 +49,8 @@ def attention(
     row adds up, and in which order, then depends on nothing but its own sequence.
     """
     check(q, k, cache)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     decodes = 0 if metadata.batch_invariant else metadata.num_decodes
     if decodes:
         decode_attention(out, q, k, v, cos, sin, cache, metadata, scale, window)

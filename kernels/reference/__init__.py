@@ -175,11 +175,13 @@ def attention(
     metadata: AttentionMetadata,
     scale: float,
     window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `kernels.ops.attention`."""
     q, k = rotary_embedding(q, k, cos, sin)
     store_kv(k, v, cache, metadata.slot_mapping)
-    return paged_attention(q, cache, metadata, scale, window)
+    attended = paged_attention(q, cache, metadata, scale, window)
+    return attended if out is None else out.copy_(attended)
 
 
 def resolve_tokens(token_ids: Tensor, drawn: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What only a GPU's engine does, played on a CPU: its kernels interpreted, its steps one ahead.
 
-Tokens stay "on the device", block tables and lengths go there by `DecodeSteps`; graphs alone are
-left out. The replies must be those of the CPU's own way.
+Tokens stay "on the device", block tables and lengths go there by `DecodeSteps`, prompts are padded
+by `PromptSteps`; graphs alone are left out. The replies must be those of the CPU's own way.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from backend.config import EngineConfig, SamplingParams
 from backend.engine.cuda_graph import DecodeSteps
 from backend.engine.engine import Engine
 from backend.engine.model_runner import Launched
+from backend.engine.prompt_steps import PromptSteps
 from backend.engine.types import Request, SampledToken
 from backend.engine.worker import build_engine
 from kernels import dispatch
@@ -52,6 +53,9 @@ def as_on_a_gpu(engine: Engine, max_blocks: int) -> None:
         runner._logits, runner._last_drawn, vocab_size=runner.info.vocab_size,
         block_size=runner.block_size, max_blocks=max_blocks, batch_invariant=False, capture=False,
     )  # fmt: skip
+    runner._prompt_steps = PromptSteps(
+        runner.model, runner.kv_caches, 16, runner.device, capture=False
+    )
 
 
 def engine_of(folder: Path) -> Engine:
