@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from backend.chat_template import ChatTemplate
+from backend.chat_template import ChatTemplate, begun_reply
 from backend.config import SamplingParams
 from backend.detokenizer import Detokenizer
 from backend.engine.async_engine import AsyncEngine
@@ -23,7 +23,9 @@ from backend.errors import ContextLengthError, UserError
 from backend.memory import MemoryStatus, memory_status
 from backend.tokenizer import Tokenizer
 
-Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}
+# {"role": "system" | "user" | "assistant", "content": str}; a last one of the assistant's with
+# "prefix": True is the beginning of the reply, which goes on from there.
+Message = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -163,7 +165,8 @@ class ChatService:
         """See `ChatBackend.stream`."""
         prompt = await self.encode_chat(messages)
         stop = (*stop, *self.stop)
-        deltas = self.stream_ids(prompt, sampling, stop=stop, owner=owner)
+        deltas = self.stream_ids(prompt, sampling, stop=stop, owner=owner,
+                                 continues=bool(begun_reply(messages)))
         async with aclosing(deltas):  # an abandoned generator would abort only when collected
             async for delta in deltas:
                 yield delta
@@ -187,8 +190,9 @@ class ChatService:
         stop: Sequence[str] = (),
         owner: str = "",
         skip_special_tokens: bool = True,
+        continues: bool = False,
     ) -> AsyncGenerator[Delta, None]:
-        """Deltas of the reply to token ids.
+        """Deltas of the reply to token ids; `continues` as in `Detokenizer`.
 
         Raises:
             UserError: the prompt is empty, has ids outside the vocabulary or does not fit.
@@ -196,7 +200,7 @@ class ChatService:
         """
         started = self._clock()
         request = self.request(prompt_token_ids, sampling, owner)
-        text = Detokenizer(self.tokenizer, stop, skip_special_tokens)
+        text = Detokenizer(self.tokenizer, stop, skip_special_tokens, continues)
         stats = ReplyStats(len(prompt_token_ids), 0)
         first = started
         async with aclosing(self.engine.generate(request)) as outputs:

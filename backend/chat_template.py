@@ -86,6 +86,19 @@ def _check_message(message: Any, name: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def begun_reply(messages: Any) -> str:
+    """What the reply begins with: the content of a last message that is the assistant's and has
+    "prefix": true; "" if there is none."""
+    last = messages[-1] if isinstance(messages, Sequence) and messages else None
+    if not isinstance(last, Mapping) or last.get("prefix") is not True:
+        return ""
+    if last.get("role") != "assistant" or not last.get("content"):
+        raise UserError("Only a last message of the assistant, with text in it, can be continued.",
+                        "Leave out continue_final_message, or add that message.",
+                        field="messages")
+    return _check_message(last, "The last message")["content"]
+
+
 class ChatTemplate:
     """A model's chat template. Rendering blocks, and may be called from any thread.
 
@@ -163,7 +176,9 @@ class ChatTemplate:
         return [i for i in known if i in tokenizer.special_ids], []
 
     def encode(self, messages: Any, tokenizer: Tokenizer) -> list[int]:
-        """Token ids of the conversation, up to where the reply begins.
+        """Token ids of the conversation, up to where the reply begins, or goes on: see
+        `begun_reply`. That needs nothing of the template, for the reply was written behind the
+        same prompt.
 
         What reads like a special token inside a message is text there, not the token: somebody
         who types "<|im_end|>" asks about it, and does not end a turn.
@@ -171,6 +186,9 @@ class ChatTemplate:
         Raises:
             UserError: see `render`.
         """
+        if begun := begun_reply(messages):
+            return self.encode(messages[:-1], tokenizer) + tokenizer.encode_parts(
+                ["", *_cut(begun, tokenizer)])
         checked = self._checked(messages)
         token = tokenizer.special_token
         if token is None or not any(token.search(message["content"]) for message in checked):
@@ -182,10 +200,7 @@ class ChatTemplate:
             raise UserError("The messages have all noncharacters of Unicode (U+FDD0 to U+FDEF).",
                             "Leave one out.", field="messages")
         for message in checked:
-            content = message["content"]
-            starts = [match.start() + 1 for match in token.finditer(content)]
-            ends = zip([0, *starts], [*starts, len(content)], strict=True)
-            message["content"] = mark.join(content[a:b] for a, b in ends)
+            message["content"] = mark.join(_cut(message["content"], tokenizer))
         return tokenizer.encode_parts(self.render(checked).split(mark))
 
     def render(self, messages: Any, add_generation_prompt: bool = True) -> str:
@@ -295,6 +310,13 @@ class ChatTemplate:
                 return UserError("The model's chat template wrote too much text.", HINT)
             case _:
                 return UserError(f"The model's chat template failed: {answer['text']}", HINT)
+
+
+def _cut(text: str, tokenizer: Tokenizer) -> list[str]:
+    """`text` in parts, cut behind the first character of whatever reads like a special token."""
+    token = tokenizer.special_token
+    starts = [match.start() + 1 for match in token.finditer(text)] if token else []
+    return [text[a:b] for a, b in zip([0, *starts], [*starts, len(text)], strict=True)]
 
 
 def chosen(choice: str) -> str | ChatFormat:

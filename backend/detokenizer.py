@@ -18,6 +18,7 @@ class Detokenizer:
         tokenizer: gives each token's bytes.
         stop: strings that end the reply and are not part of it.
         skip_special_tokens: these have no text; else they show as they are spelled.
+        continues: there is text before it, so that its first spaces are its own.
 
     Attributes:
         stopped: the stop string that was met, or None so far. The shortest, if several begin at
@@ -25,14 +26,15 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), skip_special_tokens: bool = True
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), skip_special_tokens: bool = True,
+        continues: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._stop = sorted(filter(None, stop), key=len)
         self.stopped: str | None = None
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._spaces_to_strip = tokenizer.leading_spaces
+        self._spaces_to_strip = 0 if continues else tokenizer.leading_spaces
         self._held = ""  # characters that may turn out to begin a stop string
 
     def add(self, token_ids: Iterable[int]) -> str:

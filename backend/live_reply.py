@@ -20,16 +20,17 @@ class LiveReply:
 
     Args:
         deltas: of the reply; see `Classroom.reply`. Closed when it ends here.
+        begun: text that it goes on from.
 
     Attributes:
-        text: what has come so far.
+        text: `begun`, and what has come so far.
         finish_reason, stats: of the last delta, None until then and after a stop.
         started: by time.monotonic().
         stopped: someone pressed Stop, or nobody looked any more.
     """
 
-    def __init__(self, deltas: AsyncGenerator[Delta, None]) -> None:
-        self.text = ""
+    def __init__(self, deltas: AsyncGenerator[Delta, None], begun: str = "") -> None:
+        self.begun = self.text = begun
         self.finish_reason: str | None = None
         self.stats: ReplyStats | None = None
         self.stopped = False

@@ -19,7 +19,7 @@ import msgspec
 
 from backend import keyfile
 from backend.chat import Delta, Message, ReplyStats, ServiceStatus
-from backend.chat_template import check_messages
+from backend.chat_template import begun_reply, check_messages
 from backend.config import SamplingParams
 from backend.errors import (
     AuthError,
@@ -127,7 +127,7 @@ class RemoteChat:
             RemoteError, AuthError, OverloadedError: see `_failure`.
         """
         started = self._clock()
-        request = _request(check_messages(messages), sampling, stop)
+        request = _request(messages, sampling, stop)
         request["model"] = model or await self._first_model()
         if owner:
             request["user"] = owner
@@ -346,9 +346,10 @@ def _error_of(response: httpx2.Response) -> tuple[str | None, str]:
 
 
 def _request(
-    messages: list[dict[str, str]], sampling: SamplingParams, stop: Sequence[str]
+    messages: Sequence[Message], sampling: SamplingParams, stop: Sequence[str]
 ) -> dict[str, Any]:
     """Arguments of OpenAI's client, without model and stream."""
+    checked = check_messages(messages)
     if sampling.logprobs is not None:
         raise UserError("Log-probabilities are not available over a remote api_server.",
                         field="logprobs")
@@ -358,8 +359,10 @@ def _request(
     extra: dict[str, Any] = {n: getattr(sampling, n) for n in changed if n in OWN_PARAMETERS}
     if sampling.stop_token_ids:
         extra["stop_token_ids"] = list(sampling.stop_token_ids)
+    if begun_reply(messages):
+        extra |= {"continue_final_message": True, "add_generation_prompt": False}
     request: dict[str, Any] = {
-        "messages": messages, "temperature": sampling.temperature, "top_p": sampling.top_p,
+        "messages": checked, "temperature": sampling.temperature, "top_p": sampling.top_p,
         "extra_body": extra,
         **{name: getattr(sampling, name) for name in changed if name in OPENAI_PARAMETERS},
     }

@@ -21,6 +21,7 @@ from ui.download_tab import DownloadTab
 from ui.guide_tab import GuideTab
 from ui.i18n import gradio_i18n, label, t
 from ui.jobs_tab import JobsTab
+from ui.language import ChosenLanguage
 from ui.owner import OwnerCookie
 from ui.quantize_tab import QuantizeTab
 from ui.status_bar import build_status_bar
@@ -113,6 +114,7 @@ def mount_page(app: FastAPI, services: Services, root_path: str = "") -> FastAPI
     """
     instance = services.history.instance
     app.add_middleware(OwnerCookie, instance=instance)
+    app.add_middleware(ChosenLanguage)
     return gr.mount_gradio_app(
         app,
         build_ui(services),

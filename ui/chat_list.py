@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import gradio as gr
 
-from backend.history import History
+from ui.conversations import ConversationStore
 from ui.i18n import label
 
 PAGE = 30  # chats shown at first, and by each "more"
@@ -17,8 +16,8 @@ MAX_SHOWN = 1000
 class ChatList:
     """The column at the left. What a click means for the open chat is the chat tab's business."""
 
-    def __init__(self, history: History) -> None:
-        self.history = history
+    def __init__(self, store: ConversationStore) -> None:
+        self.store = store
         with gr.Column(elem_id="chat-list", min_width=0):
             self.new = gr.Button(label("chat.new"), elem_id="new-chat", size="sm")
             self.search = gr.Textbox(
@@ -38,8 +37,7 @@ class ChatList:
     ) -> dict[Any, Any]:
         """The list with the chats that `search` finds, the open one marked."""
         limit = int(min(max(shown or PAGE, PAGE), MAX_SHOWN))
-        found = await asyncio.to_thread(
-            self.history.summaries, owner, search or "", limit + 1)
+        found = await self.store.summaries(owner, search or "", limit + 1)
         choices = [(summary.title, summary.id) for summary in found[:limit]]
         marked = chat_id if any(chat_id == choice for _, choice in choices) else None
         return {

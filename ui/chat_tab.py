@@ -38,7 +38,7 @@ class ChatTab:
         self.services = services
         self.store = ConversationStore(services.history)
         with gr.Row(elem_id="chat-page"):
-            self.list = ChatList(services.history)
+            self.list = ChatList(self.store)
             with gr.Column(scale=5, elem_id="chat-main"):
                 self._build_header()
                 self.thread = ChatThread()
@@ -56,7 +56,7 @@ class ChatTab:
         # Few, for Gradio makes every output of an event anew that the event has no value for.
         self.begun = [
             *self.thread.outputs, *self.notice.outputs, self.meter, self.box, self.returned,
-            self.send, self.stop, self.asked, self.going_on]
+            self.send, self.stop, self.resume, self.asked, self.going_on]
         self.outputs = [*self.begun, *self.list.outputs, self.title, self.delete]
         self._wire()
 
@@ -85,6 +85,8 @@ class ChatTab:
             )
             with gr.Row(elem_id="composer-row"):
                 self.meter = gr.HTML(elem_id="meter", apply_default_css=False)
+                self.resume = gr.Button(
+                    label("chat.resume"), elem_id="resume", size="sm", visible=False)
                 self.stop = gr.Button(
                     label("chat.stop"), elem_id="stop", variant="stop", size="sm", visible=False)
                 self.send = gr.Button(
@@ -105,6 +107,7 @@ class ChatTab:
             chatbot.example_select(self.on_example, **begin),
             chatbot.retry(self.on_retry, **begin),
             chatbot.edit(self.on_edit, **begin),
+            self.resume.click(self.on_resume, **begin),
             notice.go_on.click(self.on_go_on, **begin),
             notice.drop.click(self.on_drop, **begin),
         )]
@@ -151,6 +154,14 @@ class ChatTab:
             return {self.returned: ""}
         return await self._begin(form, request, event.value, keep=turn)
 
+    async def on_resume(self, form: Form, request: gr.Request) -> Updates:
+        conversation = await self.open(form, request)
+        if not conversation.cut:  # the page shows what the server has forgotten
+            return {self.returned: ""}
+        cut = conversation.turns[-1]
+        return await self._begin(
+            form, request, cut.user, keep=len(conversation.turns) - 1, begun=cut.reply)
+
     async def on_go_on(self, form: Form, request: gr.Request) -> Updates:
         user, keep = form[self.asked] or ("", 0)
         form[self.going_on] = form[self.conversation_id]
@@ -165,9 +176,11 @@ class ChatTab:
         return await self._begin(form, request, user, keep=keep)
 
     async def _begin(
-        self, form: Form, request: gr.Request, user: str, *, keep: int | None = None
+        self, form: Form, request: gr.Request, user: str, *, keep: int | None = None,
+        begun: str = "",
     ) -> Updates:
-        """Begin the reply to `user` after the first `keep` turns (all of them).
+        """Begin the reply to `user` after the first `keep` turns (all of them), or go on with one
+        that has `begun` already.
 
         `user` leaves the message box if it stands there; what becomes no turn goes back there.
         """
@@ -180,15 +193,17 @@ class ChatTab:
             conversation.sampling = self.settings.values(form)
             keep = len(conversation.turns) if keep is None else keep
             messages = conversation.messages(keep, user)
+            if begun:
+                messages.append({"role": "assistant", "content": begun, "prefix": True})
             use = await self._use(backend, messages)
-            if form[self.going_on] != conversation.id and use.nearly_full:
+            if use.nearly_full and not begun and form[self.going_on] != conversation.id:
                 droppable = keep > conversation.dropped
                 return {**self.notice.shown(use, droppable, locale), self.asked: (user, keep),
                         self.returned: ""}
             self._check(conversation, user, locale)  # meanwhile another tab may have asked
             model = self.remote.model(form) if self.remote else None
             live = LiveReply(self.services.classroom.reply(
-                caller_of(request.request.scope), backend, messages, sampling, model=model))
+                caller_of(request.request.scope), backend, messages, sampling, model=model), begun)
             self.store.begin(conversation, user, keep, live)
         except UserError as error:
             self.warn(error, request)
@@ -201,7 +216,7 @@ class ChatTab:
             self.going_on: form[self.going_on],
             self.asked: None,
             self.returned: "",
-            **({self.box: ""} if form[self.box] == user else {}),
+            **({self.box: ""} if form[self.box] == user and not begun else {}),
         }
 
     def _check(self, conversation: Conversation, user: str, locale: str) -> None:
@@ -228,7 +243,7 @@ class ChatTab:
         for error in pending.troubles():
             self.warn(error, request)
         yield {**self.thread.frame(pending.live.text),
-               self.returned: pending.user if pending.lost else ""}
+               self.returned: pending.unanswered}
 
     async def on_show(self, form: Form, request: gr.Request) -> Updates:
         return await self.now(form, request)
@@ -284,14 +299,16 @@ class ChatTab:
             **self._buttons(conversation),
             **listed,
             self.title: gr.update(
-                value=conversation.title, interactive=bool(conversation.title)),
+                value=conversation.name, interactive=bool(conversation.title)),
             self.delete: gr.update(visible=bool(conversation.title)),
             self.meter: chat_view.meter_html(use, locale),
         }
 
     def _buttons(self, conversation: Conversation) -> Updates:
         return {self.send: gr.update(visible=not conversation.busy),
-                self.stop: gr.update(visible=conversation.busy)}
+                self.stop: gr.update(visible=conversation.busy),
+                # Not every server knows how to go on: see docs/chat.md.
+                self.resume: gr.update(visible=conversation.cut and self.remote is None)}
 
     async def _use(self, backend: ChatBackend, messages: list[Message]) -> ContextUse:
         try:

@@ -45,8 +45,12 @@ class ChatThread:
                 latex_delimiters=chat_view.LATEX_DELIMITERS,
                 placeholder=label("chat.empty"),
             )
-            # The style sheet shows it when there are thoughts.
-            with gr.Accordion(label("chat.reasoning_live"), open=False, elem_id="live-reasoning"):
+            # The style sheet shows it when there are thoughts, so that no event has to. A closed
+            # accordion would not tell: it has no children.
+            with gr.Column(elem_id="live-reasoning"):
+                fold = gr.Button(
+                    label("chat.reasoning_live"), elem_id="toggle-thoughts", size="sm")
+                fold.click(None, js="() => window.LMDESK.toggleThoughts()")
                 self.thoughts = self._markdown("live-thoughts")
             self.live = self._markdown("live")
             self.turn_stats = gr.HTML(elem_id="turn-stats", apply_default_css=False)

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from backend.chat import Message
 from backend.errors import UserError
-from backend.history import History, StoredChat, Turn, title_of
+from backend.history import History, StoredChat, Summary, Turn, title_of
 from backend.live_reply import LiveReply
 from ui.i18n import t
 
 GRACE_S = 30.0  # a reply goes on for so long without anybody looking
 MAX_UNSAVED = 1000  # conversations
+CUT = ("length", "stopped", "failed")  # ways in which a reply ended before its end
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +46,12 @@ class Pending:
     @property
     def lost(self) -> bool:
         """Whether nothing came, so that there is no turn."""
-        return not self.live.text and not self.live.finish_reason
+        return self.live.text == self.live.begun and not self.live.finish_reason
+
+    @property
+    def unanswered(self) -> str:
+        """The user's message, if it got no reply at all, once settled; else ""."""
+        return self.user if self.lost and not self.live.begun else ""
 
     def troubles(self) -> list[BaseException]:
         """What its user should be told, once settled."""
@@ -68,13 +75,24 @@ class Conversation(StoredChat):
         return self.pending is not None
 
     @property
+    def name(self) -> str:
+        """Its title, or what that will be; "" before the first message."""
+        return self.title or (title_of(self.pending.user) if self.pending else "")
+
+    @property
+    def cut(self) -> bool:
+        """Whether the last reply could go on."""
+        return not self.busy and bool(self.turns) and (
+            self.turns[-1].finish_reason in CUT and bool(self.turns[-1].reply))
+
+    @property
     def saved(self) -> bool:
         return all(turn.id is not None for turn in self.turns)
 
     def messages_now(self) -> list[Message]:
         """With the question that is being answered, if one is."""
-        return self.messages(self.pending.keep, self.pending.user) if self.pending else (
-            self.messages())
+        pending = self.pending
+        return self.messages(pending.keep, pending.user) if pending else self.messages()
 
     def messages(
         self, keep: int | None = None, user: str | None = None, dropped: int | None = None
@@ -127,6 +145,17 @@ class ConversationStore:
                 return Conversation(stored.title, stored.system_prompt, stored.sampling,
                                     stored.dropped, stored.turns, owner, chat_id)
         return self._held[key]
+
+    async def summaries(self, owner: str, search: str, limit: int) -> list[Summary]:
+        """The owner's chats as `History.summaries` has them, after those that are in no history
+        yet because their first reply is still being written."""
+        found = await asyncio.to_thread(self.history.summaries, owner, search, limit)
+        if search:
+            return found
+        begun = [Summary(held.id, title_of(held.pending.user), time.time())
+                 for held in self._held.values()
+                 if held.owner == owner and held.pending and not held.title]
+        return [*reversed(begun), *found][:limit]
 
     # Replies
 

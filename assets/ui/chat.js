@@ -46,6 +46,11 @@
   desk.toggleChats = () =>
     showChats(!document.querySelector("#chat-page").classList.contains("lmd-show-chats"));
 
+  desk.toggleThoughts = () => {
+    const open = document.querySelector("#live-reasoning").classList.toggle("lmd-open");
+    document.querySelector("#toggle-thoughts").setAttribute("aria-expanded", open);
+  };
+
   // Under each reply: its figures, as CSS content of its row, for Gradio owns what is in there;
   // and, where a turn has several versions, the way to the others.
   const versionBar = ({ ids, at }) => {

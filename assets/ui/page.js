@@ -5,15 +5,8 @@
   const desk = window.LMDESK;
   const POLL_MS = 2000;
 
-  // The language that was chosen goes before the browser's; Gradio, too, asks `navigator` for it,
-  // and the server (ui/i18n.py) reads the cookie.
+  // ui/language.py makes the chosen language the navigator's, ui/i18n.py answers in it.
   const LANGUAGE = "lmdesk_language";
-  const chosen = document.cookie.split("; ").find((c) => c.startsWith(`${LANGUAGE}=`))
-    ?.slice(LANGUAGE.length + 1);
-  if (chosen && desk.messages[chosen]) {
-    Object.defineProperty(navigator, "language", { get: () => chosen });
-    Object.defineProperty(navigator, "languages", { get: () => [chosen] });
-  }
 
   let locale = desk.fallback;
   const texts = (() => {

@@ -63,7 +63,7 @@ class OpenAIRoutes:
         body = parse(ChatRequest, await read_json(request))
         chat = self.engines.require()
         sampling = self._prepare(chat, body, caller(request))
-        messages = [message.as_dict() for message in body.messages]
+        messages = body.as_dicts()
         reply = ChatReply(chat.model_name, body.num_replies, body.include_usage)
         async with AsyncExitStack() as stack:
             ticket = stack.enter_context(self.classroom.admit(caller(request), body.num_replies))
@@ -125,7 +125,8 @@ class OpenAIRoutes:
         deltas = await stack.enter_async_context(aclosing(sse.interleave([
             timed_reply(
                 chat, self.metrics, ticket, prompt, _nth_seed(sampling, i), stop=stop,
-                owner=caller(request).id, skip_special_tokens=body.skips_special)
+                owner=caller(request).id, skip_special_tokens=body.skips_special,
+                continues=body.continues)
             for prompt in prompts for i in range(n)])))
         count = n * len(prompts)
         if not body.stream:

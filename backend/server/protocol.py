@@ -192,6 +192,11 @@ class Generation(Strict):
         None, "only with stream: {\"include_usage\": true} adds the token counts", "an object")
 
     @property
+    def continues(self) -> bool:
+        """Whether the reply goes on from an assistant's message."""
+        return False
+
+    @property
     def num_replies(self) -> int:
         return self.n or 1
 
@@ -241,9 +246,27 @@ class ChatRequest(Generation):
     logprobs: bool | None = described(
         False, "report the log-probability of each token", "true or false")
     top_logprobs: int | None = sampling_field("logprobs", "a whole number")
+    continue_final_message: bool | None = described(
+        False, "go on from the last message, which is the assistant's", "true or false")
+    add_generation_prompt: bool | None = described(
+        None, "the opposite of continue_final_message, as vLLM's users send it", "true or false")
+
+    @property
+    def continues(self) -> bool:
+        return bool(self.continue_final_message)
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """The messages; the last one marked, if it is to be continued."""
+        messages = [message.as_dict() for message in self.messages]
+        if self.continues:
+            messages[-1]["prefix"] = True
+        return messages
 
     def check(self) -> None:
         super().check()
+        if self.add_generation_prompt is self.continues:
+            raise UserError("add_generation_prompt is the opposite of continue_final_message.",
+                            "Leave it out.", field="add_generation_prompt")
         if self.top_logprobs and not self.logprobs:
             raise UserError("top_logprobs needs logprobs to be true.", field="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and (

@@ -25,12 +25,14 @@ async def timed_reply(
     stop: Sequence[str],
     owner: str,
     skip_special_tokens: bool,
+    continues: bool = False,
 ) -> AsyncGenerator[Delta, None]:
     """`ChatService.stream_ids`, as one of the replies of `ticket`."""
     started = last = metrics.clock()
     waiting = True
     stream = chat.stream_ids(
-        prompt, sampling, stop=stop, owner=owner, skip_special_tokens=skip_special_tokens)
+        prompt, sampling, stop=stop, owner=owner, skip_special_tokens=skip_special_tokens,
+        continues=continues)
     async with aclosing(counted(stream, ticket, len(prompt))) as deltas:
         async for delta in deltas:
             now = metrics.clock()

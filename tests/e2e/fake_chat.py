@@ -38,10 +38,11 @@ class Script:
     hold_at: int | None = None  # before this piece, wait for `go`
     go: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None  # raised after the pieces
+    finish: str = "stop"
 
 
 class FakeChat:
-    """Answers from `scripts` by the user's last message, else with an echo; remembers calls."""
+    """Answers from `scripts` by the last message, else with an echo; remembers calls."""
 
     def __init__(self) -> None:
         self.scripts: dict[str, Script] = {}
@@ -82,7 +83,7 @@ class FakeChat:
             finished = True
             if script.error:
                 raise script.error
-            yield Delta(finish_reason="stop", stats=stats)
+            yield Delta(finish_reason=script.finish, stats=stats)
         finally:
             if not finished:
                 self.aborted.append(user)

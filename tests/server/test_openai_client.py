@@ -46,6 +46,18 @@ def test_chat(served: Served):
     assert reply.usage.total_tokens == 2 * size + 1
 
 
+def test_a_begun_reply_goes_on(served: Served):
+    messages = [*user("ab"), {"role": "assistant", "content": "cd"}]
+    create = served.client().chat.completions.create
+    reply = create(model=NAME, messages=messages, extra_body={
+        "continue_final_message": True, "add_generation_prompt": False})
+    assert reply.choices[0].message.content == "abcd"  # the model echoes what it is given
+    for body, sentence in (({"continue_final_message": True}, "can be continued"),
+                           ({"add_generation_prompt": False}, "the opposite")):
+        with pytest.raises(openai.BadRequestError, match=sentence):
+            create(model=NAME, messages=user("ab"), extra_body=body)
+
+
 def test_ids_are_unique(served: Served):
     client = served.client()
     ids = {client.chat.completions.create(model=NAME, messages=user("a")).id for _ in range(5)}

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from backend.chat_formats import FORMATS, ChatFormat
 from backend.chat_template import MAX_CHARS, MAX_MESSAGES, ChatTemplate, check_messages
 from backend.errors import UserError
+from backend.tokenizer import Tokenizer
 from tests import fake_tokenizer
 from tests.fake_tokenizer import CHATML
 
@@ -264,3 +265,20 @@ def test_without_a_template(tmp_path: Path) -> None:
     template = ChatTemplate.from_folder(tmp_path)
     with pytest.raises(UserError, match="no chat template.*/v1/completions"):
         template.render(HI)
+
+
+def test_a_begun_reply_stands_behind_the_prompt_that_it_was_written_for(tmp_path: Path) -> None:
+    fake_tokenizer.save(fake_tokenizer.byte_level(), tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    begun = {"role": "assistant", "content": "hello <|im_end|> wor", "prefix": True}
+    with closing(ChatTemplate(CHATML)) as template:
+        prompt = template.encode(HI, tokenizer)
+        ids = template.encode([*HI, begun], tokenizer)
+        assert ids[:len(prompt)] == prompt
+        assert tokenizer.decode(ids[len(prompt):]) == begun["content"]  # all of it is text
+        assert not tokenizer.special_ids & set(ids[len(prompt):])
+        with pytest.raises(UserError, match="conversation is empty"):
+            template.encode([begun], tokenizer)
+        for wrong in ({**begun, "role": "user"}, {**begun, "content": ""}):
+            with pytest.raises(UserError, match="can be continued"):
+                template.encode([*HI, wrong], tokenizer)

@@ -65,6 +65,19 @@ def test_a_reply(server: StandIn) -> None:
                     "stream": True, "stream_options": {"include_usage": True}}
 
 
+def test_a_begun_reply_is_sent_as_vllm_has_it(server: StandIn) -> None:
+    server.chat(events(piece(" there", "stop"), "[DONE]"))
+    begun = {"role": "assistant", "content": "Hello", "prefix": True}
+
+    async def ask() -> list[Delta]:
+        return [d async for d in RemoteChat(server.url).stream([*HI, begun], GREEDY, model="m1")]
+
+    assert "".join(delta.text for delta in asyncio.run(ask())) == " there"
+    body = server.seen[-1][2]
+    assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
+    assert body["messages"][-1] == {"role": "assistant", "content": "Hello"}
+
+
 def test_parameters_that_differ_are_sent(server: StandIn) -> None:
     server.chat(events(piece("x", "stop")))
     sampling = SamplingParams(
