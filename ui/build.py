@@ -84,8 +84,9 @@ def build_ui(services: Services) -> gr.Blocks:
 def _build_tabs(entries: list[TabEntry], services: Services, page: gr.Blocks) -> list[Tab]:
     tabs: list[Tab] = []
     with gr.Tabs(selected=FIRST, elem_id="tabs") as place:
-        page.load(lambda: _first(services), None, place, show_progress="hidden", queue=False,
-                  api_visibility="private")
+        if any(entry.id == FIRST_WITHOUT_MODEL for entry in entries):
+            page.load(lambda: _first(services), None, place, show_progress="hidden", queue=False,
+                      api_visibility="private")
         for entry in entries:
             # All are drawn at once, so that nothing is lost by looking at another.
             layout: dict[str, Any] = {"elem_id": f"tab-{entry.id}", "render_children": True}

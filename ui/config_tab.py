@@ -21,7 +21,7 @@ from backend.services import Services
 from backend.workspace.config_ini import ConfigIni
 from backend.workspace.editor import Draft, changes_of, digest, draft, save, undo, undos
 from backend.workspace.keys import ENGINE_KEYS, KEYS, Key
-from backend.workspace.settings import SettingsFile, rows, settings_of
+from backend.workspace.settings import SettingsFile, model_s_own, rows, settings_of
 from ui import config_view, forms
 from ui.answer import sentence
 from ui.i18n import label, locale_of, t
@@ -280,7 +280,11 @@ class ConfigTab:
 
     @staticmethod
     def _value(file: SettingsFile, key: Key, ini: ConfigIni) -> Any:
-        return forms.setting_value(key, ini.values.get(key.name, file.locked.get(key.name)))
+        text = ini.values.get(key.name, file.locked.get(key.name))
+        if text is None and key.is_switch:  # a box is ticked or not: by what counts without it
+            own = model_s_own(file.model).get(key.name)
+            text = None if own is None else key.show(own)
+        return forms.setting_value(key, text)
 
     def _buttons(self, file: SettingsFile | None, *, may_save: bool) -> Updates:
         """`file` None: nothing can be saved as it is typed."""

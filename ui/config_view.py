@@ -26,14 +26,15 @@ def source(row: Row, locale: str) -> str:
     kind = source_kind(row)
     if kind == "flag":
         return t("settings.source.flag", locale, flag=row.source, value=row.value)
-    return t(f"settings.source.{kind}", locale)
+    return t(f"settings.source.{kind}", locale, value=row.value) if kind == "model" else t(
+        f"settings.source.{kind}", locale)
 
 
 def source_kind(row: Row) -> str:
-    """"flag", "default" or "file"."""
+    """"flag", "default", "model" or "file"."""
     if row.source.startswith("--"):
         return "flag"
-    return "default" if row.source == "default" else "file"
+    return row.source if row.source in ("default", "model") else "file"
 
 
 def _bounds(key: Key, locale: str) -> list[str]:

@@ -96,7 +96,7 @@ class DownloadTab:
         except Exception as error:
             said = warn(error, locale)
             return {self.planned: problem_html(_helpful(error, said, locale))}
-        return {self.planned: plan_html(plan, locale), **await self.panel.show(job.id, locale)}
+        return {self.planned: "", **await self.panel.show(job.id, locale)}
 
     def _local(self, path: str, locale: str) -> str:
         """A folder of this machine is there already: whether it can be used."""

@@ -114,7 +114,7 @@ def setting_input(key: Key, elem_id: str) -> Any:
     common: dict[str, Any] = {"label": key.name, "elem_id": elem_id, "min_width": 150}
     if key.locked:
         return gr.Textbox(interactive=False, elem_classes="lmd-locked", **common)
-    if key.type is bool or key.choices == SWITCH:
+    if key.is_switch:
         return gr.Checkbox(interactive=True, **common)
     if key.choices:
         return gr.Dropdown(list(key.choices), interactive=True, filterable=False, **common)
@@ -128,8 +128,7 @@ def setting_value(key: Key, text: str | None) -> Any:
     numbers then shows nothing, others the default."""
     if text is None:
         shows_default = key.type is bool or key.choices
-        return (bool(key.default) if key.type is bool or key.choices == SWITCH else key.default
-                ) if shows_default else None
+        return (bool(key.default) if key.is_switch else key.default) if shows_default else None
     value = key.parse(text)
     if key.locked:
         return text

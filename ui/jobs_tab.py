@@ -24,18 +24,24 @@ class JobsTab:
                 self.choice = gr.Dropdown([], label=label("jobs.choose"), elem_id="jobs-choice",
                                           filterable=False)
                 self.refresh = gr.Button(label("jobs.refresh"), elem_id="jobs-refresh", size="sm",
-                                         scale=0)
+                                         scale=0, elem_classes="lmd-quiet-button")
             self.panel = JobPanel(services, removable=True)
         event: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         self.choice.input(self.on_choose, [self.choice], self.panel.outputs, **event)
-        for act in (self.refresh.click, self.panel.remove.click):
-            act(self.on_refresh, [self.panel.job_id], [self.choice, self.empty], **event)
+        self._event = event
+        self._wire_refresh(self.refresh.click)
+        self._wire_refresh(self.panel.remove.click)
+
+    def _wire_refresh(self, act: Any) -> None:
+        act(self.on_refresh, [self.panel.job_id],
+            [self.choice, self.empty, *self.panel.outputs], **self._event)
 
     def wire_load(self, page: gr.Blocks) -> None:
-        """List what there is."""
-        self.panel.wire_load(page)
-        page.load(self.on_refresh, [self.panel.job_id], [self.choice, self.empty],
-                  show_progress="hidden", api_visibility="private")
+        """Nothing: jobs are looked for when somebody comes here."""
+
+    def wire_select(self, tab: gr.Tab) -> None:
+        """List what there is when the tab is opened."""
+        self._wire_refresh(tab.select)
 
     async def on_choose(self, job_id: str, request: gr.Request) -> dict[Any, Any]:
         return await self.panel.show(job_id, locale_of(request))
@@ -47,4 +53,5 @@ class JobsTab:
         ids = [job.id for job in jobs]
         chosen = job_id if job_id in ids else (ids[0] if ids else None)
         return {self.choice: gr.update(choices=choices, value=chosen, visible=bool(ids)),
-                self.empty: gr.update(visible=not ids)}
+                self.empty: gr.update(visible=not ids),
+                **await self.panel.show(chosen or "", locale)}

@@ -61,7 +61,7 @@ class QuantizeTab:
                 self.text = gr.Textbox(label=label("quantize.text"), lines=6, max_lines=12,
                                        elem_id="quantize-text")
                 pick = gr.Button(label("quantize.pick"), elem_id="quantize-pick", size="sm",
-                                 elem_classes="lmd-small")
+                                 elem_classes="lmd-quiet-button")
             data_note = gr.HTML(elem_id="quantize-data-note", visible=False, **html)
             self.notes = {"model": model_note, "data": data_note}
             self.plan = gr.HTML(elem_id="quantize-plan", **html)

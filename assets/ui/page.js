@@ -64,7 +64,8 @@
   const showStatus = (status) => {
     gauge("model", status.model || "", "");
     gauge("state", text(`state.${status.state}`), "");
-    gauge("detail", status.detail || "", "", status.detail || "");
+    gauge("detail", status.state === "unloaded" ? "" : status.detail || "", "",
+      status.detail || "");
     const state = document.querySelector('#status-bar [data-status="state"]');
     if (state) state.dataset.state = status.state;
     const { info, stats, memory } = status;
@@ -148,8 +149,17 @@
   setInterval(poll, POLL_MS);
   document.addEventListener("visibilitychange", poll);
 
-  // Another tab, as if its name had been clicked.
-  desk.showTab = (id) => document.querySelector(`#tab-${id}-button`)?.click();
+  // Another tab, as if its name had been clicked. On a narrow screen Gradio puts the last ones into
+  // a menu whose buttons have no ids; it keeps all names, in order, in a hidden row.
+  desk.showTab = (id) => {
+    const button = document.querySelector(`#tab-${id}-button`);
+    if (button) return button.click();
+    const places = [...document.querySelectorAll("#tabs > .tabitem")].map((tab) => tab.id);
+    const names = document.querySelectorAll("#tabs .tab-container.visually-hidden button");
+    const name = names[places.indexOf(`tab-${id}`)]?.textContent;
+    const inMenu = document.querySelectorAll("#tabs .overflow-dropdown button");
+    [...inMenu].find((choice) => choice.textContent === name)?.click();
+  };
 
   const started = setInterval(() => {
     const bar = document.querySelector("#status-bar .lmd-bar");

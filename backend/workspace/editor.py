@@ -19,7 +19,7 @@ from typing import Any
 from backend.errors import UserError
 from backend.workspace.config_ini import ConfigIni
 from backend.workspace.keys import Key, known_key
-from backend.workspace.settings import SettingsFile
+from backend.workspace.settings import SettingsFile, model_s_own
 
 UNDOS = 20
 
@@ -88,7 +88,7 @@ def changes_of(file: SettingsFile, ini: ConfigIni, form: Mapping[str, Any]) -> d
     A value that means what is there already, or what counts without the key, changes nothing: the
     file keeps its own spelling.
     """
-    values, changes = file.check(ini), {}
+    values, changes = {**model_s_own(file.model), **file.check(ini)}, {}
     for name, value in form.items():
         key = known_key(name, file.keys)
         text = spelled(key, value)

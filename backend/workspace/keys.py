@@ -70,6 +70,11 @@ class Key:
             raise self.refusal(f"must be {bounds}", text)
         return value
 
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is on or off."""
+        return self.type is bool or self.choices == SWITCH
+
     def refusal(self, rule: str, text: str) -> UserError:
         """`text` does not keep to `rule`."""
         return UserError(f"{self.file}: {self.name} {rule}, not {text!r:.80}.", field=self.name)

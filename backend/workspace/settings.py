@@ -247,7 +247,7 @@ def rows(file: SettingsFile, ini: ConfigIni, given: Mapping[str, Any]) -> list[R
         elif key.name not in ini.values:
             value = value if key.locked else FIELDS.get(key.name, key.default)
             source = "manifest.json" if key.locked else "default"
-            own = _model_s_own(file.model) if value is None and key.name in MODEL_S else {}
+            own = model_s_own(file.model) if value is None and key.name in MODEL_S else {}
             if own:
                 value, source = own[key.name], "model"
         text = "none" if value is None else _shown(key, value)
@@ -258,7 +258,7 @@ def rows(file: SettingsFile, ini: ConfigIni, given: Mapping[str, Any]) -> list[R
     ]  # fmt: skip
 
 
-def _model_s_own(model: str) -> dict[str, Any]:
+def model_s_own(model: str) -> dict[str, Any]:
     """What MODEL_S are where nobody sets them; empty if the model cannot tell."""
     from backend.models.long_context import LongContext
     from backend.models.registry import read_model_config

@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from backend.config import EngineConfig
 from backend.errors import UserError
+from backend.target import BUNDLED_MODEL
 from backend.workspace.config_ini import ConfigIni
 from backend.workspace.editor import UNDOS, changes_of, digest, draft, save, undo, undos
 from backend.workspace.keys import ENGINE_KEYS, KEYS
@@ -96,6 +97,15 @@ def test_a_form_that_says_what_is_there_changes_nothing(workspace):
         "step_length": ""}  # fmt: skip
     assert draft(workspace, {}).diff == "" and not save(workspace, {}).changed
     assert undos(workspace) == 0
+
+
+def test_what_the_model_has_by_itself_is_no_change(tmp_path, monkeypatch):
+    monkeypatch.setenv("LMDESK_HOME", str(tmp_path))
+    file = settings_of(BUNDLED_MODEL)
+    own = {"use_logn_attn": False, "session_len": 2048, "rope_scaling_factor": None}
+    assert changes_of(file, file.read(), own) == {}
+    assert changes_of(file, file.read(), {"use_logn_attn": True, "session_len": 1024}) == {
+        "use_logn_attn": "true", "session_len": "1024"}  # fmt: skip
 
 
 def test_the_diff(workspace):
