@@ -190,7 +190,7 @@ class ServerConfig:
     server_port: int = option(6006, "port to listen on", low=0, high=65535)
     api_keys: tuple[str, ...] = option((), "keys that clients must send; several, by spaces")
     host_keys: tuple[str, ...] = option(
-        (), "for a class: keys of its hosts; api_keys are those of students then, who only chat"
+        (), "for a class: keys of its hosts, new makes one; api_keys are students' then, who chat"
     )
     root_path: str = option("", "path prefix when behind a proxy that adds one")
     model_dirs: tuple[str, ...] = option(

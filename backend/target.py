@@ -42,9 +42,12 @@ def open_services(args: argparse.Namespace, api_key: str = "") -> Services:
 
     if hasattr(args, "log_level"):
         logging.getLogger().setLevel(args.log_level)
-    for key in getattr(args, "api_keys", ()):
-        if os.path.isdir(key) or "://" in key:  # --api-keys takes all words up to the next flag
-            raise UserError(f"{key} was read as an API key.", "Name the model before --api-keys.")
+    for flag in ("api_keys", "host_keys"):  # they take all words up to the next flag
+        for key in getattr(args, flag, ()):
+            if os.path.isdir(key) or "://" in key:
+                spelled = "--" + flag.replace("_", "-")
+                raise UserError(f"{key} was read as an API key.",
+                                f"Name the model before {spelled}.", field=flag)
     target = os.path.expanduser(getattr(args, "model", str(BUNDLED_MODEL)))
     if is_address(target):
         _refuse_flags_of_models(args, target)

@@ -21,6 +21,7 @@ from backend.classroom import Classroom, require_host
 from backend.config import ServerConfig
 from backend.server import lmdeploy_protocol, protocol
 from backend.server.auth import Guard, caller
+from backend.server.class_routes import add_class_routes
 from backend.server.docs import api_page, body_schema, openapi_schema
 from backend.server.failures import error_body, install_error_handlers
 from backend.server.lmdeploy_routes import LMDeployRoutes
@@ -60,6 +61,7 @@ def base_app(
     """
     app = bare_app(config)
     _add_status(app, backend, trouble)
+    add_class_routes(app, classroom)
     add_fallbacks(app)
     app.add_middleware(Guard, config=config, seen=classroom.see)
     return app
@@ -114,6 +116,7 @@ def create_app(
 
     app = bare_app(config)
     _add_status(app, engines, trouble)
+    add_class_routes(app, classroom)
     app.add_api_route("/v1/models", routes.list_models, methods=["GET"])
     app.add_api_route("/v1/models/{model:path}", routes.get_model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"],

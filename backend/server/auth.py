@@ -27,6 +27,7 @@ from backend.server.keys import Keys, Pass
 from backend.server.login_page import login_page
 
 MIN_KEY_CHARS = 8
+NEW_KEY = "new"  # in place of a host's key: what is on a command line, others on the machine read
 MAX_LOGIN_BYTES = 4096
 COOKIE_SECONDS = 30 * 24 * 3600
 API_PATHS = ("/v1", "/api", "/metrics")
@@ -47,9 +48,9 @@ def is_loopback(server_name: str) -> bool:
 
 def resolve_keys(config: ServerConfig) -> ServerConfig:
     """`config` with keys if it needs any: open doors beyond loopback get a new random key, and so
-    do students where there are hosts.
+    do students where there are hosts, and hosts whose key is to be a new one.
 
-    A new key is written for the user's own clients (see `backend.keyfile`), under
+    A new one of `api_keys` is written for the user's own clients (see `backend.keyfile`), under
     `config.server_port`, which must be the final one.
 
     Raises:
@@ -57,6 +58,8 @@ def resolve_keys(config: ServerConfig) -> ServerConfig:
             hosts and students.
     """
     validate(config)
+    config = replace(config, host_keys=tuple(
+        keyfile.new_key() if key == NEW_KEY else key for key in config.host_keys))
     for field in ("api_keys", "host_keys"):
         for key in getattr(config, field):
             if len(key) < MIN_KEY_CHARS or not all("!" <= char <= "~" for char in key):
@@ -229,9 +232,9 @@ class Guard:
         page = login_page(
             headers.get("accept-language", ""), depth, wrong,
             name=(inside.name if inside else "") if self._keys.for_class else None,
-            needs_key=inside is None or not self._keys.for_class)
-        return HTMLResponse(
-            page, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
+            own_key=self._keys.signed(inside) if inside and self._keys.for_class else "")
+        demand = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        return HTMLResponse(page, status, {"Cache-Control": "no-store", **demand})
 
     def _welcome(self, scope: Scope, entered: Pass, target: str) -> Response:
         """The cookie and the way on. `target` is relative: a proxy's prefix in front of our paths

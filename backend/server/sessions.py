@@ -27,7 +27,7 @@ class SessionBusyError(UserError):
 
 
 class TooManySessionsError(UserError):
-    """One key has as many sessions as it may have."""
+    """One caller has as many sessions as it may have, or all callers together have."""
 
     status = 429
     code = "too_many_sessions"
@@ -38,11 +38,13 @@ class SessionLimits:
     """What bounds the memory of sessions whose owners never end them.
 
     One key may have `max_per_key`, as many as it may have replies open. One that nobody has used
-    for `idle_s` is forgotten: longer than a break, shorter than what piles up over a day.
+    for `idle_s` is forgotten: longer than a break, shorter than what piles up over a day. All keys
+    together may have `max_in_all`: in a class anybody who logs in anew counts as another.
     """
 
     max_per_key: int = 256
     idle_s: float = 3600.0
+    max_in_all: int = 4096
 
 
 @dataclass
@@ -107,22 +109,23 @@ class Sessions:
 
     def _find(self, key: str, number: int) -> Session | None:
         """The session, if it is there; the forgotten ones are not."""
+        self._forget_idle(key)
+        return self._by_key.get(key, {}).get(number)
+
+    def _forget_idle(self, key: str) -> None:
         own = self._by_key.get(key, {})
         before = self._clock() - self.limits.idle_s
         for idle in [n for n, s in own.items() if s.turn is None and s.last_used <= before]:
             del own[idle]
-        return own.get(number)
+        if not own:
+            self._by_key.pop(key, None)
 
     def _open(self, key: str, number: int) -> Session:
         """The session, made if it is not there, and free."""
         session = self._find(key, number)
         if session is None:
+            self._check_room(key)
             own = self._by_key.setdefault(key, {})
-            if len(own) >= self.limits.max_per_key:
-                raise TooManySessionsError(
-                    f"There are {len(own)} sessions open already.",
-                    "End one (interactive_mode false, with an empty prompt), or wait: idle ones "
-                    f"end after {self.limits.idle_s / 60:.0f} minutes.")
             session = own[number] = Session(self._clock())
         if session.turn is not None:
             raise SessionBusyError(
@@ -130,6 +133,23 @@ class Sessions:
                 "Wait for the end of the reply, or stop it with \"cancel\": true.",
                 field="session_id")
         return session
+
+    def _check_room(self, key: str) -> None:
+        wait = f"idle ones end after {self.limits.idle_s / 60:.0f} minutes."
+        if (count := len(self._by_key.get(key, {}))) >= self.limits.max_per_key:
+            raise TooManySessionsError(
+                f"There are {count} sessions open already.",
+                f"End one (interactive_mode false, with an empty prompt), or wait: {wait}")
+        if self._count() >= self.limits.max_in_all:
+            for other in list(self._by_key):
+                self._forget_idle(other)
+            if (count := self._count()) >= self.limits.max_in_all:
+                raise TooManySessionsError(
+                    f"This server has {count} sessions open, as many as it keeps.",
+                    f"Ask without a session (leave session_id out), or wait: {wait}")
+
+    def _count(self) -> int:
+        return sum(map(len, self._by_key.values()))
 
     def _settled(self, key: str, number: int, keep: bool) -> None:
         """Nobody is adding to the session any more."""

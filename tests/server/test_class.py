@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 
 import openai
 import pytest
@@ -165,9 +166,89 @@ def test_a_class_has_two_kinds_of_keys(monkeypatch: pytest.MonkeyPatch):
     config = resolve_keys(ServerConfig(host_keys=(HOST,), server_port=7007))
     [made] = config.api_keys
     assert written == [(7007, made)] and config.host_keys == (HOST,) and len(made) >= 32
+    config = resolve_keys(ServerConfig(host_keys=("new", HOST), api_keys=(CLASS,)))
+    assert len(config.host_keys[0]) >= 32 and config.host_keys[1:] == (HOST,)
+    assert len(written) == 1  # the host's key is in no file
     with pytest.raises(UserError, match="for hosts and for students") as refused:
         resolve_keys(ServerConfig(host_keys=(HOST, CLASS), api_keys=(CLASS,)))
     assert refused.value.field == "host_keys"
     with pytest.raises(UserError, match="too short") as refused:
         resolve_keys(ServerConfig(host_keys=("short",)))
     assert refused.value.field == "host_keys"
+
+
+def test_a_host_without_the_page(room: Served):
+    def ask(key: str, **change):
+        with room.http(headers={"Authorization": f"Bearer {key}"}) as http:
+            return http.post("/api/class", json=change) if change else http.get("/api/class")
+
+    assert say(room, CLASS).usage.completion_tokens
+    seen = ask(HOST).json()
+    [row] = [row for row in seen["people"] if row["role"] == "student"]
+    assert row["replies"] == 1 and row["tokens"] == seen["tokens"] == 3 and row["running"] == 0
+    assert seen["limits"] == {"max_replies": 4, "max_tokens": None} and not seen["paused"]
+    changed = ask(HOST, paused=True, max_tokens=9).json()
+    assert changed["paused"] and changed["limits"] == {"max_replies": 4, "max_tokens": 9}
+    changed = ask(HOST, paused=False, max_tokens=None, max_replies=2).json()
+    assert not changed["paused"] and changed["limits"] == {"max_replies": 2, "max_tokens": None}
+    for wrong in ({"paused": "yes"}, {"max_replies": 0}, {"max_replies": None}, {"max_tokens": 1.5},
+                  {"max_replies": 257}, {"max": 1}):
+        reply = ask(HOST, **wrong)
+        assert reply.status_code == 400 and reply.json()["error"]["param"] in wrong
+    for refused in (ask(CLASS), ask(CLASS, paused=True), ask(CLASS, nonsense=1)):
+        assert refused.status_code == 403 and refused.json()["error"]["code"] == "host_only"
+    assert not room.classroom.paused
+
+
+def test_without_a_class_nobody_has_a_name(served: Served):
+    with served.http() as http:
+        assert http.get("/api/class").status_code == 404
+        assert http.get("/metrics").status_code == 200
+    with serve(api_keys=(CLASS,)) as keyed, keyed.http() as http:
+        assert 'name="name"' not in http.get("/login").text
+        http.post("/login", data={"key": CLASS, "name": "Anna"})
+        assert http.get("/metrics").status_code == 200
+        assert 'value="' not in http.get("/login").text
+        [row] = keyed.classroom.snapshot(TEACHER).people
+        assert (row.name, row.role, row.id) == ("", Role.HOST, key_id(CLASS))
+
+
+def test_students_take_turns(room: Served, monkeypatch: pytest.MonkeyPatch):
+    """Anna sends many more requests than run at a time; Bert's, which comes last, is not last."""
+    room.classroom.set_limits(TEACHER, StudentLimits(max_replies=64))
+    keys: dict[str, str] = {}
+    for name in ("Anna", "Bert"):
+        with room.http() as http:
+            http.post("/login", data={"key": CLASS, "name": name})
+            [value] = http.cookies.values()
+            assert value in http.get("/login").text  # for their programs
+            keys[name] = value
+    ended: list[str] = []  # owners of replies, as the engine finishes them
+    generate = room.engine.generate
+
+    async def noted(request):
+        async with aclosing(generate(request)) as outputs:
+            async for output in outputs:
+                if output.finish_reason:
+                    ended.append(request.owner)
+                yield output
+
+    monkeypatch.setattr(room.engine, "generate", noted)
+
+    def ask(name: str) -> None:
+        assert say(room, keys[name], "slow").choices[0].message.content == "slow"
+
+    total = room.classroom.admission.total
+    with ThreadPoolExecutor(50) as pool:
+        with room.script.held():
+            annas = [pool.submit(ask, "Anna") for _ in range(48)]  # sixteen run at a time
+            room.eventually(lambda: len(room.engine._streams) == 48)
+            bert = pool.submit(ask, "Bert")
+            room.eventually(lambda: len(room.engine._streams) == 49)
+            assert total.waiting == 49
+        for asked in (bert, *annas):
+            asked.result(60)
+    rows = {row.name: row for row in room.classroom.snapshot(TEACHER).people}
+    assert len(ended) == 49 and ended.index(rows["Bert"].id) < 32  # with the next sixteen
+    assert (rows["Anna"].replies, rows["Bert"].replies) == (48, 1)
+    assert rows["Anna"].tokens == 48 * 5

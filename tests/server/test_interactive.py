@@ -288,6 +288,20 @@ def test_too_many_sessions_and_old_ones():
         assert talk.shown() == "u:anew"
 
 
+def test_too_many_sessions_of_all_together():
+    now = [0.0]
+    sessions = Sessions(SessionLimits(max_in_all=2, idle_s=60.0), lambda: now[0])
+    with serve(api_keys=KEYS, sessions=sessions) as served:
+        talk = Talk(served)
+        talk.say("one", 1)
+        talk.say("two", 2, key=1)
+        error = talk.refused(429, prompt="x", session_id=3, interactive_mode=True)
+        assert error["code"] == "too_many_sessions" and "as many as it keeps" in error["message"]
+        now[0] = 60.0
+        talk.say("three", 3)
+        assert talk.shown() == "u:three"
+
+
 def test_special_tokens_show_if_asked(talk: Talk):
     assert talk.say("special")["text"] == "ab"
     assert talk.say("special", skip_special_tokens=False)["text"] == "a<s>b"
