@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.attention_softmax import LIFT, add_values, combine, merge, softmax_step
+from kernels.gpu.attention_softmax import LIFT, add_values, merge, softmax_step
 from kernels.gpu.decode_rows import LOG2_E, decode_rows, rows_config
 from kernels.gpu.kv_tiles import (
     dot_dtype,
@@ -35,12 +35,11 @@ from kernels.gpu.launch import (
     launch,
     launch_options,
     next_power_of_2,
-    num_sms,
     release_successor,
     supports_pdl,
     wait_for_predecessor,
 )
-from kernels.gpu.splits import choose_splits, store_result, tiles_of_split, workspace
+from kernels.gpu.splits import add_up_last, planned, store_result, tiles_of_split
 from kernels.ops import AttentionMetadata, KVCache
 
 TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -94,14 +93,9 @@ def _decode_kernel(
     # No kernel of a step writes lengths and tables (see `kernels.gpu.decode_rows`).
     seq_len = tl.load(seq_lens + sequence)
     old = seq_len - 1
-    start, tile_from, tile_to, active = tiles_of_split(
-        seq_len, split, splits, least, WINDOW, BLOCK_N
+    start, tile_from, tile_to, active, new = tiles_of_split(
+        seq_len, split, splits, least, WINDOW, BLOCK_N, SPLIT
     )
-    new = 0
-    if SPLIT:
-        # Quantizing takes long: beside several programs with tiles the new token gets its own.
-        new = tl.where(active > 1, active, 0)
-        active = tl.where(active > 1, active + 1, 1)
     if split >= active:
         return  # without waiting, since split 0 always waits
     blocks = tile_blocks(table, tile_from * BLOCK_N, old, BLOCK_N, BLOCK_SIZE)
@@ -218,15 +212,9 @@ def _decode_kernel(
             store_output(partial_ptr + (mine * D)[:, None], a, b, c, d, used[:, None], D, BITS)
             tl.store(stats_ptr + mine * 2, m, mask=used)
             tl.store(stats_ptr + mine * 2 + 1, total, mask=used)
-            # All threads' stores come before the one thread's release of them.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel")
-            if arrived == active - 1:
-                tl.store(counter_ptr + pair, 0)
-                combine(
-                    out, partial_ptr, stats_ptr, pair * (splits + 1) * GROUP, active, GROUP, D,
-                    CHUNK,
-                )  # fmt: skip
+            add_up_last(
+                out, partial_ptr, stats_ptr, counter_ptr, pair, splits, active, GROUP, D, CHUNK
+            )
         else:
             store_result(out, a, b, c, d, total, rows, used, seq_len, D, BITS)
     else:
@@ -263,15 +251,7 @@ def decode_attention(
     tile, warps, stages, registers = config or _config(
         cache.bits, head_dim, group, sequences * kv_heads, dtype
     )
-    if splits is None:
-        sms = num_sms(q.device.index or 0) if q.is_cuda else 1
-        splits = choose_splits(sequences, kv_heads, metadata.max_seq_len, tile, sms)
-    parts, least = splits
-    work: tuple[Tensor | None, ...]
-    if parts > 1:
-        work = workspace(metadata, sequences * kv_heads, parts + 1, group, head_dim, q)
-    else:
-        work = (None, None, None)
+    parts, least, work = planned(q, metadata, kv_heads, group, tile, splits)
     k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
     k_pool, v_pool = pool_words(cache.k, cache.bits), pool_words(cache.v, cache.bits)
     # Partial results that fit in the registers at once.

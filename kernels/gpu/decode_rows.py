@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.attention_softmax import combine, merge
+from kernels.gpu.attention_softmax import merge
 from kernels.gpu.kv_rows import (
     load_rows,
     row_blocks,
@@ -40,12 +40,11 @@ from kernels.gpu.launch import (
     launch,
     launch_options,
     next_power_of_2,
-    num_sms,
     release_successor,
     supports_pdl,
     wait_for_predecessor,
 )
-from kernels.gpu.splits import choose_splits, tiles_of_split, workspace
+from kernels.gpu.splits import add_up_last, planned, tiles_of_split
 from kernels.ops import AttentionMetadata, KVCache
 
 LOG2_E = 1.4426950408889634
@@ -75,14 +74,9 @@ def decode_rows_kernel(
     release_successor(PDL)
     seq_len = tl.load(seq_lens + sequence)
     old = seq_len - 1
-    start, tile_from, tile_to, active = tiles_of_split(
-        seq_len, split, splits, least, WINDOW, BLOCK_N
+    start, tile_from, tile_to, active, new = tiles_of_split(
+        seq_len, split, splits, least, WINDOW, BLOCK_N, SPLIT
     )
-    new = 0
-    if SPLIT:
-        # Quantizing takes long: beside several programs with tiles the new token gets its own.
-        new = tl.where(active > 1, active, 0)
-        active = tl.where(active > 1, active + 1, 1)
     if split >= active:
         return  # without waiting, since split 0 always waits
     k_head = k_words + head * words_stride_head
@@ -212,12 +206,9 @@ def decode_rows_kernel(
             store_row(partial_ptr + mine * D, a, D)
             tl.store(stats_ptr + mine * 2 + one, m)
             tl.store(stats_ptr + mine * 2 + 1 + one, total)
-            # All threads' stores come before the one thread's release of them.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel")
-            if arrived == active - 1:
-                tl.store(counter_ptr + pair, 0)
-                combine(out, partial_ptr, stats_ptr, pair * (splits + 1), active, 1, D, CHUNK)
+            add_up_last(
+                out, partial_ptr, stats_ptr, counter_ptr, pair, splits, active, 1, D, CHUNK
+            )
         else:
             _store_result(out, a, total, seq_len, D)
     else:
@@ -255,13 +246,7 @@ def decode_rows(
     width = part_width(head_dim, cache.bits)
     words = width * k_pool.element_size() // 4
     lanes = 32 * warps * WORDS_A_LANE // words
-    if splits is None:
-        sms = num_sms(q.device.index or 0) if q.is_cuda else 1
-        splits = choose_splits(sequences, heads, metadata.max_seq_len, repeats * lanes, sms)
-    parts, least = splits
-    work: tuple[Tensor | None, ...] = (None, None, None)
-    if parts > 1:
-        work = workspace(metadata, sequences * heads, parts + 1, 1, head_dim, q)
+    parts, least, work = planned(q, metadata, heads, 1, repeats * lanes, splits)
     k_params, v_params = packed_params(cache.k_params), packed_params(cache.v_params)
     launch(
         decode_rows_kernel, (heads, sequences, parts + 1 if parts > 1 else 1),

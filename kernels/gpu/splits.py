@@ -7,16 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.attention_softmax import combine
 from kernels.gpu.kv_tiles import store_output
-from kernels.gpu.launch import cdiv
+from kernels.gpu.launch import cdiv, num_sms
 from kernels.ops import AttentionMetadata
 
 
 @triton.jit
 def tiles_of_split(
-    seq_len, split, splits, least, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """(first old position seen, from tile, to tile, splits that have tiles, at least 1).
+    seq_len, split, splits, least, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """(first old position seen, from tile, to tile, splits at work, which has the new token).
 
     A split has `least` tiles, if there are so many.
     """
@@ -28,7 +30,28 @@ def tiles_of_split(
     per_split = tl.maximum(tl.cdiv(tiles, splits), least)
     active = tl.maximum(tl.cdiv(tiles, per_split), 1)
     tile_from = first + split * per_split
-    return start, tile_from, tl.minimum(tile_from + per_split, first + tiles), active
+    new = 0
+    if SPLIT:
+        # Quantizing takes long: beside several programs with tiles the new token gets its own.
+        new = tl.where(active > 1, active, 0)
+        active = tl.where(active > 1, active + 1, 1)
+    return start, tile_from, tl.minimum(tile_from + per_split, first + tiles), active, new
+
+
+@triton.jit
+def add_up_last(
+    out, partial_ptr, stats_ptr, counter_ptr, pair, splits, active, GROUP: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """After a split's results are stored: whoever is the pair's last of `active` adds all up."""
+    # All threads' stores come before the one thread's release of them.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel")
+    if arrived == active - 1:
+        tl.store(counter_ptr + pair, 0)
+        combine(
+            out, partial_ptr, stats_ptr, pair * (splits + 1) * GROUP, active, GROUP, D, CHUNK
+        )
 
 
 @triton.jit
@@ -62,6 +85,28 @@ def choose_splits(
     tiles = max(1, cdiv(max_seq_len, block_n))
     most = cdiv(8 * sms, pairs) if pairs < 2 * sms else cdiv(max_seq_len, 8192)
     return min(cdiv(tiles, least), most, 128), least
+
+
+Work = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def planned(
+    q: Tensor, metadata: AttentionMetadata, kv_heads: int, rows: int, tile: int,
+    splits: tuple[int, int] | None,
+) -> tuple[int, int, Work]:  # fmt: skip
+    """(splits, tiles of each at least, workspace) of a decode whose programs have `rows` queries.
+
+    `splits` instead of those chosen for tiles of `tile` tokens.
+    """
+    sequences = metadata.num_decodes
+    if splits is None:
+        sms = num_sms(q.device.index or 0) if q.is_cuda else 1
+        splits = choose_splits(sequences, kv_heads, metadata.max_seq_len, tile, sms)
+    parts, least = splits
+    if parts == 1:
+        return parts, least, (None, None, None)
+    pairs = sequences * kv_heads
+    return parts, least, workspace(metadata, pairs, parts + 1, rows, q.shape[2], q)
 
 
 def workspace(
