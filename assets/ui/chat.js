@@ -78,12 +78,12 @@
     const data = document.querySelector("#turn-stats [data-lines]")?.dataset;
     const lines = data ? JSON.parse(data.lines) : [];
     const versions = data ? JSON.parse(data.versions) : [];
+    document.querySelectorAll('#chat [aria-label="Copy message"]').forEach((button) => {
+      button.setAttribute("aria-label", text("copy_message")); // Gradio has no word of Chinese
+    });
     document.querySelectorAll("#chat .message-row.bot-row").forEach((row, i) => {
       const line = lines[i] || "";
       if (row.dataset.stats !== line) row.dataset.stats = line;
-      row.querySelectorAll('[aria-label="Copy message"]').forEach((button) => {
-        button.setAttribute("aria-label", text("copy_message")); // Gradio has no word of Chinese
-      });
       const several = versions[i]?.ids.length > 1;
       const state = several ? JSON.stringify(versions[i]) : "";
       if ((row.dataset.versions || "") === state) return;
@@ -115,10 +115,25 @@
     }
   });
 
+  // A narrow screen scrolls as a whole: the thread and the message box take what the bars leave.
+  const watchBars = (bars) => {
+    const measure = () => {
+      const page = document.querySelector("#chat-page");
+      if (!page.offsetParent) return; // another tab is shown
+      const top = page.getBoundingClientRect().top +
+        document.querySelector("main.contain").scrollTop;
+      document.documentElement.style.setProperty("--lmd-top", `${Math.round(top)}px`);
+    };
+    new ResizeObserver(measure).observe(bars);
+    measure();
+  };
+
   const started = setInterval(() => {
     const thread = document.querySelector("#thread");
-    if (!thread) return;
+    const bars = document.querySelector("#status-row");
+    if (!thread || !bars) return;
     clearInterval(started);
     watchThread(thread);
+    watchBars(bars);
   }, 100);
 })();

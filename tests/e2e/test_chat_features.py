@@ -71,10 +71,9 @@ def test_chats_are_searched_renamed_and_deleted(chat: ChatPage) -> None:
     ask(chat, "关于量化的问题")
     expect(page.locator("#chat-choices label")).to_have_count(2)
     search = page.locator("#chat-search input, #chat-search textarea")
-    for words, found in (("kangaroo", ["about kangaroos"]), ("量化的", ["关于量化的问题"])):
+    for words, found in (("kangaroo", "about kangaroos"), ("量化的", "关于量化的问题")):
         search.fill(words)
-        expect(page.locator("#chat-choices label")).to_have_count(1)
-        assert chat.chats() == found
+        expect(page.locator("#chat-choices label")).to_have_text([found])
     search.fill("no such words")
     expect(page.locator("#no-chats")).to_be_visible()
     search.fill("")
@@ -94,8 +93,7 @@ def test_chats_are_searched_renamed_and_deleted(chat: ChatPage) -> None:
     page.once("dialog", lambda dialog: dialog.accept())
     page.locator("#delete-chat").click()
     expect(page.locator("#chat .user-row")).to_have_count(0)
-    expect(page.locator("#chat-choices label")).to_have_count(1)
-    assert chat.chats() == ["关于量化的问题"]
+    expect(page.locator("#chat-choices label")).to_have_text(["关于量化的问题"])
 
 
 def test_export_and_code(chat: ChatPage, model: FakeChat, url: str) -> None:
@@ -237,7 +235,7 @@ def test_arrows_lead_to_the_other_versions_of_a_reply(chat: ChatPage, model: Fak
     expect(versions.get_by_role("button", name="Next version")).to_be_disabled()
     versions.get_by_role("button", name="Previous version").click()
     expect(versions).to_contain_text("Version 2 of 3")
-    assert chat.turns() == [("dice", "two")]
+    expect(page.locator("#chat .bot-row")).to_contain_text("two")
     ask(chat, "and then")
     assert [m["content"] for m in model.seen[-1]] == ["dice", "two", "and then"]
     versions.first.get_by_role("button", name="Next version").click()

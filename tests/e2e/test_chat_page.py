@@ -287,7 +287,7 @@ def test_phone_screen(new_page: Open, url: str) -> None:
     page.send("A message that is long enough to need more than one line on a phone's screen")
     page.wait_reply(1)
     for name in ("Send", "Chats"):
-        expect(page.page.get_by_role("button", name=name, exact=True)).to_be_in_viewport()
+        expect(page.page.get_by_role("button", name=name, exact=True)).to_be_in_viewport(ratio=1)
     assert page.page.evaluate("document.documentElement.scrollWidth") == 390
     page.set_sampling("temperature", "0.2")  # the settings are below the chat
     expect(page.page.locator("#sampling-temperature")).to_be_in_viewport()
