@@ -1,8 +1,8 @@
 """Linear layers with weights of 4 bits (W4A16): the choice of the kernel and its launch.
 
-Few tokens: `w4_mma`, bound by the memory. A batch: `w4_dot`, or on Hopper `w4_wgmma`, bound by the
-tensor cores. A prompt: the weight is unpacked into a scratch, in slices if it is large, and cuBLAS
-multiplies.
+Few tokens: `w4_mma`, bound by the memory. A batch: `w4_dot`, or on Hopper, prompts of 2048 tokens
+too, `w4_wgmma`, bound by the tensor cores. Other prompts: the weight is unpacked into a scratch, in
+slices if it is large, and cuBLAS multiplies.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def _linear(
         return x.new_empty(0, out_features)
     if batch_invariant:
         return run(x, weight, bias, gated, invariant_config(weight.group_size))
-    bucket = bucket_of(x.shape[0])
+    hopper = x.is_cuda and runs_wgmma(x, weight)
+    bucket = bucket_of(x.shape[0], hopper)
     if bucket is None:
         return unpacked_product(x, weight, bias, gated)
     index = x.device.index or 0
@@ -82,7 +83,7 @@ def _linear(
         weight.out_features,
         weight.in_features,
         bucket,
-        x.is_cuda and runs_wgmma(x, weight),
+        hopper,
     )
     return run(x, weight, bias, gated, config)
 
@@ -231,6 +232,7 @@ def unpacked_product(x: Tensor, weight: W4Weight, bias: Tensor | None, gated: bo
         part = scratch[: min(rows - first, step)]
         _dequantize(weight, first // TILE_ROWS, part)
         product_into(out[:, first : first + step], x, part)
+    del scratch, part  # their room is there for what follows
     if bias is not None:
         out += bias
     return silu_and_mul(out) if gated else out

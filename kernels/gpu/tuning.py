@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 TUNED = Path(__file__).parent / "tuned"
-# Upper bounds of the buckets of tokens. Beyond the last: unpack the weight, then cuBLAS.
+# Upper bounds of the buckets of tokens, the last two for Hopper's kernel only. Beyond the last:
+# unpack the weight, then cuBLAS.
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)
+HOPPER_BUCKETS = (*BUCKETS, 1024, 2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +81,10 @@ def division(tiles: int, column_tiles: int, most: int, parts: int) -> Division:
     return Division(most if full else -(-rest * column_tiles // units), full, units, rest)
 
 
-def bucket_of(tokens: int) -> int | None:
+def bucket_of(tokens: int, hopper: bool = False) -> int | None:
     """The bucket of a number of tokens; None beyond the last."""
-    return next((bound for bound in BUCKETS if tokens <= bound), None)
+    buckets = HOPPER_BUCKETS if hopper else BUCKETS
+    return next((bound for bound in buckets if tokens <= bound), None)
 
 
 @cache
@@ -111,7 +114,7 @@ def default_config(
         # The larger tile where it still gives most of the processors one.
         large = -(-rows // 128) * (bucket // 256)
         if large * 10 >= sms * 7:
-            return WgmmaConfig(256, parts=1 if large > 2 * sms else 2)
+            return WgmmaConfig(256, parts=1 if large * 2 > 3 * sms else 2)
         return WgmmaConfig(128, stages=6)
     tokens = min(bucket, 128)
     tile_rows = 128

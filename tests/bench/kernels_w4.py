@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.gpu.tuning import BUCKETS, KINDS, DotConfig, MmaConfig, W4Config, WgmmaConfig
+from kernels.gpu.tuning import HOPPER_BUCKETS, KINDS, DotConfig, MmaConfig, W4Config, WgmmaConfig
 from kernels.packing import W4Weight
 
 # The module; the package's attribute of this name is the op.
@@ -129,7 +129,7 @@ def candidates(bucket: int, shape: Shape) -> Iterator[W4Config]:
             if -(-tiles // warps) > ahead // 2 and 2 <= blocks * ahead <= 8:
                 yield MmaConfig(max(8, bucket), blocks, warps, ahead)
     for tokens in (16, 32, 64, 128, 256):
-        if bucket <= 8 or not min(bucket, 256) // 2 <= tokens <= bucket:
+        if not 8 < bucket <= 512 or not min(bucket, 256) // 2 <= tokens <= bucket:
             continue
         stages_of = (3, 4, 6) if tokens == 16 else (3, 4) if tokens <= 64 else (2, 3)
         for stages, rows, splits in itertools.product(stages_of, (128, 64), (1, 2, 3, 4, 6, 8)):
@@ -141,7 +141,7 @@ def candidates(bucket: int, shape: Shape) -> Iterator[W4Config]:
                 yield DotConfig(tokens, rows, splits, scaled, warps, stages)
     if torch.cuda.get_device_capability()[0] == 9:
         for form, parts in itertools.product(HOPPER_FORMS, (1, 2, 4)):
-            if form.tokens <= bucket <= 8 * form.tokens:
+            if form.tokens <= bucket <= 16 * form.tokens:
                 yield replace(form, parts=parts)
 
 
@@ -268,7 +268,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-2-7b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 128, 512, 2048])
-    parser.add_argument("--buckets", nargs="+", type=int, default=list(BUCKETS))
+    parser.add_argument("--buckets", nargs="+", type=int, default=list(HOPPER_BUCKETS))
     parser.add_argument("--tune", type=Path)
     parser.add_argument("--patience", type=float, default=1e6, help="seconds for compiling")
     given = parser.parse_args(arguments)

@@ -131,7 +131,7 @@ def test_unpacked_product_in_slices(dtype, group_size, monkeypatch):
     close(w4.unpacked_product(x, weight, None, True), expected(x, weight, gated=True), 2)
 
 
-@pytest.mark.parametrize("tokens", [1, 16] + [100, 300, 600, 1100] * ON_GPU)
+@pytest.mark.parametrize("tokens", [1, 16] + [100, 300, 600, 1100, 2049] * ON_GPU)
 def test_ops(tokens):
     weight = drawn_weight(128, 256)
     x, bias = drawn(tokens, 256, torch.float16), drawn(1, 128, torch.float16)[0]
@@ -142,7 +142,7 @@ def test_ops(tokens):
 @needs_hopper
 @pytest.mark.parametrize("form", HOPPER_FORMS, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [5, 77, 300])
+@pytest.mark.parametrize("tokens", [5, 77, 300, 1990])
 def test_forms_for_hopper(form, dtype, tokens):
     # Rows that fill no tile, more tiles of columns than stages, and columns split among programs.
     weight = drawn_weight(1048, 1152)
@@ -197,6 +197,11 @@ def test_columns_of_x_may_lie_apart_and_off_a_pair():
     close(w4.linear_w4(x, weight, None), expected(x, weight))
 
 
+def test_longer_prompts_than_measured_are_unpacked():
+    assert [bucket_of(tokens) for tokens in (512, 513)] == [512, None]
+    assert [bucket_of(tokens, True) for tokens in (513, 2048, 2049)] == [1024, 2048, None]
+
+
 def test_no_tokens():
     weight = drawn_weight(64, 128)
     assert w4.linear_w4(drawn(0, 128, torch.float16), weight, None).shape == (0, 64)
@@ -239,10 +244,14 @@ def test_what_cannot_be_multiplied_is_said():
 
 
 @pytest.mark.parametrize("hopper", [False, True])
-@pytest.mark.parametrize("tokens", [1, 8, 9, 64, 128, 256, 512])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 64, 128, 256, 512, 513, 2048])
 def test_the_rule_has_an_answer_for_every_shape(tokens, hopper):
+    bucket = bucket_of(tokens, hopper)
+    if bucket is None:
+        assert tokens > 512 and not hopper
+        return
     for rows, columns in [(64, 128), (12288, 4096), (57344, 8192), (8192, 28672)]:
-        config = default_config(132, rows, columns, bucket_of(tokens), hopper)
+        config = default_config(132, rows, columns, bucket, hopper)
         assert hopper or not isinstance(config, WgmmaConfig)
         assert config.tokens <= 256 and config.warps in (4, 8, 16)
 
@@ -266,8 +275,8 @@ def test_the_tables_hold_what_can_be_launched():
         for op, shapes in json.loads(path.read_text(encoding="utf-8")).items():
             for shape in shapes:
                 rows, columns = map(int, shape.split("x"))
-                for bucket in tuning.BUCKETS:
-                    for hopper in (False, True):
+                for hopper in (False, True):
+                    for bucket in tuning.HOPPER_BUCKETS if hopper else tuning.BUCKETS:
                         config = tuning.w4_config(
                             "NVIDIA H200", 132, op, rows, columns, bucket, hopper
                         )
