@@ -1,6 +1,6 @@
 """The pictures of docs/walk.md: a new user's way through the page, in both languages.
 
-    python -m tests.bench.walk [--only en] [--images DIR]
+    python -m tests.bench.walk [--images DIR]
 
 It downloads the bundled model from a stand-in hub, quantizes, configures, loads, asks and compares
 it, all of it really, in a real browser.
@@ -25,78 +25,78 @@ from tests.stand_in_hub import StandInHub
 
 IMAGES = ROOT / "docs" / "images"
 LOCALES = {"en": "en-US", "zh": "zh-CN"}
-QUESTIONS = {
-    "en": ("What is the KV cache?", "When should I set quant_policy?"),
-    "zh": ("什么是 KV cache？", "什么时候该设置 quant_policy？"),
-}
+QUESTIONS = (
+    ("What is the KV cache?", "When should I set quant_policy?"),
+    ("什么是 KV cache？", "什么时候该设置 quant_policy？"),
+)
 SCREEN = {"width": 1280, "height": 800}
 COLOURS = 128
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=tuple(LOCALES), help="one language")
     parser.add_argument("--images", type=Path, default=IMAGES)
-    args = parser.parse_args()
-    args.images.mkdir(parents=True, exist_ok=True)
-    expect.set_options(timeout=60_000)
-    with sync_playwright() as playwright:
+    images = parser.parse_args().images
+    images.mkdir(parents=True, exist_ok=True)
+    expect.set_options(timeout=120_000)
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
-        for language in [args.only] if args.only else LOCALES:
-            with tempfile.TemporaryDirectory() as home:
-                walk(browser, language, Path(home), args.images)
+        os.environ["LMDESK_HOME"] = f"{folder}/lmdesk"  # a short path for the pictures
+        app = AppProcess(Path(folder), "--server-port", "0", "--no-model")
+        try:
+            app.announcement()
+            take([open_page(browser, app.url, language, images) for language in LOCALES],
+                 Path(folder))
+        finally:
+            app.kill()
         browser.close()
 
 
-def walk(browser: Browser, language: str, home: Path, images: Path) -> None:
-    """All steps in one language."""
-    os.environ["LMDESK_HOME"] = str(home / "lmdesk")  # a short path for the pictures
-    app = AppProcess(home, "--server-port", "0", "--no-model")
-    try:
-        app.announcement()
-        context = browser.new_context(
-            locale=LOCALES[language], viewport=SCREEN, color_scheme="light")
-        page = context.new_page()
+def open_page(browser: Browser, url: str, language: str, images: Path) -> NewUser:
+    """A reader of one language, and where the pictures of the pages go."""
+    context = browser.new_context(locale=LOCALES[language], viewport=SCREEN, color_scheme="light")
+    page = context.new_page()
 
-        def picture(name: str) -> None:
-            save(page, images / f"{name}.{language}.png")
-            print(f"{name}.{language}.png", flush=True)
+    def picture(name: str) -> None:
+        save(page, images / f"{name}.{language}.png")
+        print(f"{name}.{language}.png", flush=True)
 
-        take(NewUser(ChatPage(page, app.url).open(), picture), home, *QUESTIONS[language])
-        context.close()
-    finally:
-        app.kill()
+    return NewUser(ChatPage(page, url).open(), picture)
 
 
-def take(user: NewUser, home: Path, question: str, second: str) -> None:
-    """The walk, with a picture of each step."""
+def take(users: list[NewUser], home: Path) -> None:
+    """The walk, with a picture of each step by each reader; the first one does the work."""
+    first = users[0]
     with StandInHub({MODEL: repository(home / "repository")}) as hub:
-        user.plan_download(hub.url)
-        expect(user.at("#download-planned .lmd-plan")).to_be_visible()
-        user.picture("download")
-        user.download()
-        user.downloaded()
-    user.prepare_quantization()
-    user.at("#quantize-model").scroll_into_view_if_needed()
-    user.picture("quantize")
-    user.quantize()
-    user.at("#job-quantize-view").scroll_into_view_if_needed()
-    user.picture("verdict")
-    user.configure()
-    user.picture("config")
-    user.save_and_load()
-    user.ask(question)
-    user.ask(second)
-    user.picture("chat")
-    user.compare(question)
-    user.at("#pane-left").scroll_into_view_if_needed()
-    user.picture("compare")
-    user.open("jobs")
-    expect(user.at("#job-any-view .lmd-job")).to_be_visible()
-    user.picture("jobs")
-    user.open("guide")
-    expect(user.at("#guide-about")).not_to_be_empty()
-    user.picture("guide")
+        for user in users:
+            user.plan_download(hub.url)
+            expect(user.at("#download-planned .lmd-plan")).to_be_visible()
+            user.picture("download")
+        first.download()
+        first.downloaded()
+    for user in users:
+        user.prepare_quantization()
+        user.picture("quantize")
+    first.quantize()
+    for user in users:
+        if user is not first:  # a reloaded page finds the job
+            user.chat.reload()
+            user.open("quantize")
+        user.job_is("quantize", "finished")
+        user.page.evaluate("document.querySelector('#job-quantize').scrollIntoView()")
+        user.picture("verdict")
+    for user in users:
+        user.configure()
+        user.picture("config")
+    first.save_and_load()
+    for user, questions in zip(users, QUESTIONS):
+        for question in questions:
+            user.ask(question)
+        user.picture("chat")
+    for user, questions in zip(users, QUESTIONS):
+        user.compare(questions[0])
+        user.page.evaluate("document.querySelector('#compare-prompt').scrollIntoView()")
+        user.picture("compare")
 
 
 def save(page: Page, path: Path) -> None:
