@@ -44,7 +44,7 @@ install: $(VENV)/.run
 
 docs: $(VENV)/.run
 	$(BIN)/python -m backend.config > docs/configuration.md
-	$(BIN)/python -m backend.workspace.keys > docs/config_ini.md
+	$(BIN)/python -m backend.workspace.keys
 	$(BIN)/python -m backend.command_spelling > docs/commands/spelling.md
 	$(BIN)/python -c "import app, backend.command_docs as docs; docs.write(app.make_parser())"
 

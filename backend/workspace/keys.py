@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from backend.config import EngineConfig, base_type, parse_bool
@@ -185,33 +187,61 @@ def known_key(name: str, keys: Mapping[str, Key] = KEYS) -> Key:
     return keys[name]
 
 
-def reference_page() -> str:
-    """docs/config_ini.md: every key, as the table has it."""
-    kinds = {
-        "model": "fixed by the model", "weights": "fixed by the weights", "engine": "setting",
-        "legacy": "without effect",
-    }  # fmt: skip
-    lines = [
-        "# config.ini",
-        "",
-        "Every key of a workspace's config.ini, section `[llama]`, made from",
-        "`backend/workspace/keys.py` by `make docs`. A setting may be left out; then its default",
-        "counts. A flag wins over the file. See [workspaces](workspace.md).",
-        "",
+PAGES = {
+    "en": (
+        "config_ini.md",
+        """# config.ini
+
+[中文](config_ini.zh.md)
+
+Every key of a workspace's config.ini, section `[llama]`, made from
+`backend/workspace/keys.py` by `make docs`. A setting may be left out; then its default
+counts. A flag wins over the file. See [workspaces](workspace.md).
+""",
         "| key | kind | allowed | what `convert` writes | meaning | flags that win over it |",
-        "|---|---|---|---|---|---|",
-    ]
-    for key in KEYS.values():
-        allowed = ", ".join(map(str, key.choices))
-        if key.low is not None:
-            allowed = f"from {key.low}" + ("" if key.high is None else f" to {key.high}")
-        flags = ", ".join(f"`--{name.replace('_', '-')}`" for name in key.fields if not key.locked)
-        default = "" if key.default is None else key.default
-        lines.append(
-            f"| `{key.name}` | {kinds[key.kind]} | {allowed} | {default} | {key.help} | {flags} |"
-        )
-    return "\n".join(lines) + "\n"
+        {"model": "fixed by the model", "weights": "fixed by the weights", "engine": "setting",
+         "legacy": "without effect"},
+        "from {}", "from {} to {}",
+    ),
+    "zh-CN": (
+        "config_ini.zh.md",
+        """# config.ini
+
+[English](config_ini.md)
+
+workspace 的 config.ini（`[llama]` 一节）的全部键，由 `make docs` 根据
+`backend/workspace/keys.py` 生成。设置可以省略，此时用默认值；命令行参数优先于文件。
+见 [workspace](workspace.zh.md)。
+""",
+        "| 键 | 种类 | 可选值 | `convert` 写入的值 | 含义 | 优先于它的参数 |",
+        {"model": "由模型决定", "weights": "由权重决定", "engine": "设置", "legacy": "不起作用"},
+        "不小于 {}", "{} 到 {}",
+    ),
+}  # fmt: skip
+
+
+def write_pages(docs: Path, locales: Path) -> None:
+    """docs/config_ini.md and its Chinese twin: every key, as the table has it.
+
+    Args:
+        locales: has the keys' help in other languages, as the Config tab shows it.
+    """
+    for language, (file, opening, header, kinds, at_least, between) in PAGES.items():
+        texts = json.loads((locales / language / "config.json").read_text(encoding="utf-8"))
+        lines = [opening, header, "|---|---|---|---|---|---|"]
+        for key in KEYS.values():
+            help = key.help if language == "en" else texts[f"help.ini.{key.name}"]
+            allowed = ", ".join(map(str, key.choices))
+            if key.low is not None:
+                allowed = (at_least if key.high is None else between).format(key.low, key.high)
+            flags = ", ".join(
+                f"`--{name.replace('_', '-')}`" for name in key.fields if not key.locked)
+            default = "" if key.default is None else key.default
+            lines.append(
+                f"| `{key.name}` | {kinds[key.kind]} | {allowed} | {default} | {help} | {flags} |")
+        (docs / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    print(reference_page(), end="")
+    ROOT = Path(__file__).resolve().parents[2]
+    write_pages(ROOT / "docs", ROOT / "assets" / "locales")
