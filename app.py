@@ -159,7 +159,7 @@ async def serve(services: Services, server: ServerConfig, fixed_port: bool, with
     from backend.classroom import Classroom
     from backend.server.api import base_app, create_app
     from backend.server.auth import resolve_keys
-    from backend.server.listen import bind, serve_forever
+    from backend.server.listen import bind, invitation, serve_forever
 
     sock, server = bind(server, fixed_port)
     server = resolve_keys(server)
@@ -174,7 +174,7 @@ async def serve(services: Services, server: ServerConfig, fixed_port: bool, with
             from backend.history import open_history
             from ui.build import mount_page
 
-            services.history = open_history()
+            services.history, services.invitation = open_history(), invitation(server)
             app = mount_page(app, services, server.root_path)
         await serve_forever(app, sock, server, services, with_page)
     return 0

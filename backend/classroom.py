@@ -122,6 +122,15 @@ class ClassStatus:
     tokens_per_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """What a host sends to students: the way here by ssh, where the page is then, and the key."""
+
+    tunnel: str
+    url: str
+    key: str
+
+
 class Classroom:
     """People and their open work. Belongs to one event loop.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from backend.chat import ChatBackend, ChatService
-from backend.classroom import Classroom
+from backend.classroom import Classroom, Invitation
 from backend.compare import ComparisonRoom
 from backend.data_dir import data_dir, results_dir
 from backend.engine.launcher import Handle, ProcessHandle
@@ -31,6 +31,7 @@ class Services:
         default_url: in restful mode, of the api_server that the command line names.
         jobs: long tasks; None where there is no page that could start them.
         library: the models that a page may offer; None as with `jobs`.
+        invitation: what students need to come in; None where there is no class.
         classroom: who is here, and what work of theirs is open: on the page and by the API.
         history: the page's chats; in memory, until a page is served that keeps them on disk.
         comparisons: of models, some of them with engines of their own.
@@ -42,6 +43,7 @@ class Services:
     jobs: JobStore | None = None
     library: ModelLibrary | None = None
     classroom: Classroom = field(default_factory=Classroom)
+    invitation: Invitation | None = None
     history: History = field(default_factory=History)
     comparisons: ComparisonRoom = field(default_factory=ComparisonRoom)
 

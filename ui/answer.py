@@ -12,7 +12,7 @@ from html import escape
 import gradio as gr
 
 from backend.errors import UserError
-from ui.i18n import t
+from ui.i18n import DEFAULT_LOCALE, catalogs, t
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 def sentence(error: BaseException, locale: str) -> str:
     """What a person is told; what only a programmer understands is logged."""
     if isinstance(error, UserError):
-        return str(error)
+        key = f"error.code.{error.code}"
+        return t(key, locale) if key in catalogs()[DEFAULT_LOCALE] else str(error)
     logger.error("An event of the page failed", exc_info=error)
     return t("error.internal", locale)
 

@@ -7,14 +7,17 @@ wires them, `wire_load(page)` adds what happens when the page is opened. `TABS` 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.middleware import Middleware
 
 from backend.services import Services
 from ui import forms, theme
 from ui.chat_tab import ChatTab
+from ui.class_tab import ClassTab
 from ui.compare_tab import CompareTab
 from ui.config_tab import ConfigTab
 from ui.download_tab import DownloadTab
@@ -24,7 +27,8 @@ from ui.jobs_tab import JobsTab
 from ui.language import ChosenLanguage
 from ui.owner import OwnerCookie
 from ui.quantize_tab import QuantizeTab
-from ui.status_bar import build_status_bar
+from ui.roles import Page, StudentRoutes
+from ui.status_bar import StatusBar
 
 
 class Tab(Protocol):
@@ -42,11 +46,16 @@ class TabEntry(NamedTuple):
         build: the tab's class.
         restful: whether a page without jobs of its own has it, too, such as one over somebody's
             api_server.
+        student: whether it is for students, too; what is in others, Gradio's page hides from them
+            and `Page` refuses them.
+        for_class: whether there is it only where there is a class.
     """
 
     id: str
     build: Callable[[Services], Tab]
     restful: bool = False
+    student: bool = False
+    for_class: bool = False
 
 
 TABS: tuple[TabEntry, ...] = (  # in the order in which they stand
@@ -54,9 +63,10 @@ TABS: tuple[TabEntry, ...] = (  # in the order in which they stand
     TabEntry("download", DownloadTab),
     TabEntry("quantize", QuantizeTab),
     TabEntry("config", ConfigTab),
-    TabEntry("chat", ChatTab, restful=True),
+    TabEntry("chat", ChatTab, restful=True, student=True),
     TabEntry("compare", CompareTab, restful=True),
     TabEntry("jobs", JobsTab),
+    TabEntry("class", ClassTab, restful=True, for_class=True),
 )
 FIRST = "chat"  # shown first
 FIRST_WITHOUT_MODEL = "download"  # whoever has no model yet, gets one there
@@ -65,39 +75,60 @@ FIRST_WITHOUT_MODEL = "download"  # whoever has no model yet, gets one there
 MAX_EVENTS = 1000
 
 
-def build_ui(services: Services) -> gr.Blocks:
+def build_ui(services: Services) -> Page:
     """The page, not yet served."""
-    entries = [entry for entry in TABS if entry.restful or services.jobs]
-    with gr.Blocks(title=t("page.title"), fill_width=True, analytics_enabled=False) as page:
-        build_status_bar(services)
+    in_class = services.classroom.has_hosts
+    entries = [entry for entry in TABS
+               if (entry.restful or services.jobs) and (in_class or not entry.for_class)]
+    with Page(title=t("page.title"), fill_width=True, analytics_enabled=False) as page:
+        bar = StatusBar(services)
+        with page.open_to_students():
+            bar.wire_load(page)
         if len(entries) == 1:
-            tabs = [entries[0].build(services)]
+            entries[0].build(services).wire_load(page)
         else:
-            tabs = _build_tabs(entries, services, page)
-        for tab in tabs:
-            tab.wire_load(page)
+            for_hosts = _build_tabs(page, entries, services)
+            if in_class:
+                _show_to_hosts(page, [*bar.for_hosts, *for_hosts])
     page.max_threads = MAX_EVENTS
     # Gradio's own default is one event at a time, one student at a time.
-    return page.queue(default_concurrency_limit=None, max_size=None, api_open=False)
+    page.queue(default_concurrency_limit=None, max_size=None, api_open=False)
+    return page
 
 
-def _build_tabs(entries: list[TabEntry], services: Services, page: gr.Blocks) -> list[Tab]:
-    tabs: list[Tab] = []
-    with gr.Tabs(selected=FIRST, elem_id="tabs") as place:
+def _build_tabs(page: Page, entries: list[TabEntry], services: Services) -> list[Any]:
+    """The tabs; returns what of them is for hosts only."""
+    tabs, for_hosts = [], []
+    with gr.Tabs(selected=FIRST, elem_id="tabs") as all_tabs:
         if any(entry.id == FIRST_WITHOUT_MODEL for entry in entries):
-            page.load(lambda: _first(services), None, place, show_progress="hidden", queue=False,
-                      api_visibility="private")
+            page.load(lambda: _first(services), None, all_tabs, show_progress="hidden",
+                      queue=False, api_visibility="private")
         for entry in entries:
             # All are drawn at once, so that nothing is lost by looking at another.
             layout: dict[str, Any] = {"elem_id": f"tab-{entry.id}", "render_children": True}
-            with gr.Tab(label(f"tab.{entry.id}"), id=entry.id, **layout) as tab:
-                tabs.append(entry.build(services))
-            if hasattr(tabs[-1], "wire_select"):  # what it does only when somebody opens it
-                tabs[-1].wire_select(tab)
-        for built in tabs:
-            if hasattr(built, "wire_tabs"):  # what it does when something is pressed in another
-                built.wire_tabs(tabs)
-    return tabs
+            with page.open_to_students() if entry.student else nullcontext():
+                with gr.Tab(label(f"tab.{entry.id}"), id=entry.id, **layout) as place:
+                    tab = entry.build(services)
+                if hasattr(tab, "wire_select"):  # what it does only when somebody opens it
+                    tab.wire_select(place)
+                tab.wire_load(page)
+            tabs.append(tab)
+            for_hosts += tab.for_hosts if entry.student else [place]
+        for tab in tabs:
+            if hasattr(tab, "wire_tabs"):  # what it does when something is pressed in another
+                tab.wire_tabs(tabs)
+    return for_hosts
+
+
+def _show_to_hosts(page: Page, parts: list[Any]) -> None:
+    """Hide parts of the page until somebody opens it who is a host."""
+    for part in parts:
+        part.visible = False
+
+    def show() -> list[Any]:  # refused to students, as all that is not wired for them
+        return [gr.update(visible=True) for _ in parts]
+
+    page.load(show, [], parts, show_progress="hidden", api_visibility="private")
 
 
 def _first(services: Services) -> Any:
@@ -120,6 +151,7 @@ def mount_page(app: FastAPI, services: Services, root_path: str = "") -> FastAPI
         app,
         build_ui(services),
         path="/",
+        app_kwargs={"middleware": [Middleware(StudentRoutes)]},
         root_path=root_path or None,
         run_history=False,  # would keep API keys in the browser's storage, readable
         show_error=False,

@@ -93,7 +93,7 @@ class ChatActions:
         owner = tab.owner(chat_id, request)
         conversation = await tab.store.open(owner, chat_id)
         updates, presets = await asyncio.gather(
-            tab.shown(conversation, None, locale, search, shown),
+            tab.shown(conversation, None, request, search, shown),
             tab.settings.presets.updates(owner, locale))
         updates[tab.thread.chatbot] = gr.update(
             value=updates[tab.thread.chatbot],
@@ -236,6 +236,6 @@ class ChatActions:
         if kind == "command_line":
             return snippets.as_command_line(url, conversation.system_prompt, settings)
         model = tab.remote.model(form) if tab.remote else None
-        model = model or next(iter(await tab.backend(form).models()), "")
+        model = model or next(iter(await tab.backend(form, request).models()), "")
         write = snippets.as_curl if kind == "curl" else snippets.as_python
         return write(url, model, messages, settings)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from contextlib import aclosing
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from backend.chat import ChatBackend, Message
-from backend.classroom import caller_of
 from backend.engine.types import EngineStats
 from backend.errors import UserError
 from backend.live_reply import LiveReply
 from backend.services import Services
-from ui import chat_view
+from ui import answer, chat_view
 from ui.chat_actions import EVENT, ChatActions
 from ui.chat_list import ChatList
 from ui.chat_settings import ChatSettings
@@ -27,8 +24,7 @@ from ui.conversations import Conversation, ConversationStore
 from ui.i18n import label, locale_of, t
 from ui.owner import owner_of
 from ui.remote_panel import RemotePanel
-
-logger = logging.getLogger(__name__)
+from ui.roles import caller
 
 
 class ChatTab:
@@ -58,6 +54,7 @@ class ChatTab:
             *self.thread.outputs, *self.notice.outputs, self.meter, self.box, self.returned,
             self.send, self.stop, self.resume, self.asked, self.going_on]
         self.outputs = [*self.begun, *self.list.outputs, self.title, self.delete]
+        self.for_hosts = [self.remote.server] if self.remote else []
         self._wire()
 
     # Layout
@@ -171,7 +168,8 @@ class ChatTab:
         user, keep = form[self.asked] or ("", 0)
         conversation = await self.open(form, request)
         if not conversation.busy and user:
-            dropped = await turns_to_drop(self.backend(form), conversation, keep, user)
+            dropped = await turns_to_drop(
+                self.backend(form, request), conversation, keep, user)
             await self.store.drop(conversation, dropped)
         return await self._begin(form, request, user, keep=keep)
 
@@ -188,7 +186,7 @@ class ChatTab:
         try:
             conversation = await self.open(form, request)
             self._check(conversation, user, locale)
-            sampling, backend = self.settings.params(form), self.backend(form)
+            sampling, backend = self.settings.params(form), self.backend(form, request)
             conversation.system_prompt = form[self.settings.system_prompt] or ""
             conversation.sampling = self.settings.values(form)
             keep = len(conversation.turns) if keep is None else keep
@@ -203,7 +201,7 @@ class ChatTab:
             self._check(conversation, user, locale)  # meanwhile another tab may have asked
             model = self.remote.model(form) if self.remote else None
             live = LiveReply(self.services.classroom.reply(
-                caller_of(request.request.scope), backend, messages, sampling, model=model), begun)
+                caller(request), backend, messages, sampling, model=model), begun)
             self.store.begin(conversation, user, keep, live)
         except UserError as error:
             self.warn(error, request)
@@ -276,24 +274,26 @@ class ChatTab:
         chat_id = form[self.conversation_id]
         return await self.store.open(self.owner(chat_id, request), chat_id)
 
-    def backend(self, form: Form | None) -> ChatBackend:
+    def backend(self, form: Form | None, request: gr.Request) -> ChatBackend:
         """What answers; before the page has a form, the default."""
-        return self.remote.backend(form) if self.remote and form else self.services.chat
+        return self.remote.backend(form, request) if self.remote and form else self.services.chat
 
     async def now(self, form: Form, request: gr.Request) -> Updates:
         """The tab as it should look now: the notice stays until it is answered."""
         shown = await self.shown(
-            await self.open(form, request), form, locale_of(request), form[self.list.search],
+            await self.open(form, request), form, request, form[self.list.search],
             form[self.list.shown])
         return shown if form[self.asked] else {**shown, **self.notice.hidden()}
 
     async def shown(
-        self, conversation: Conversation, form: Form | None, locale: str, search: str, count: float
+        self, conversation: Conversation, form: Form | None, request: gr.Request, search: str,
+        count: float,
     ) -> Updates:
         """The tab with the conversation's turns, beside the owner's others."""
+        locale = locale_of(request)
         listed, use = await asyncio.gather(
             self.list.updates(conversation.owner, conversation.id, search, count),
-            self._use(self.backend(form), conversation.messages_now()))
+            self._use(self.backend(form, request), conversation.messages_now()))
         return {
             **self.thread.now(conversation, locale),
             **self._buttons(conversation),
@@ -317,9 +317,5 @@ class ChatTab:
             return ContextUse(None, None)
 
     def warn(self, error: BaseException, request: gr.Request) -> None:
-        """A toast with a sentence that helps; what only a programmer understands is logged."""
-        if isinstance(error, UserError):
-            gr.Warning(escape(str(error)))
-        else:
-            logger.error("A reply failed", exc_info=error)
-            gr.Warning(t("error.internal", locale_of(request)))
+        """A toast with a sentence that helps."""
+        answer.warn(error, locale_of(request))

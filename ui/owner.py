@@ -1,4 +1,5 @@
-"""Whose chats a browser may see: a random secret that it holds as a cookie."""
+"""Whose chats a browser may see: its person's in a class, else those of the random secret that it
+holds as a cookie."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import secrets
 from typing import Any
 
 import gradio as gr
+
+from ui.roles import caller
 
 SECONDS = 400 * 24 * 3600  # the longest that browsers keep a cookie
 
@@ -22,6 +25,9 @@ def owner_of(request: gr.Request, instance: str, chat_id: str) -> str:
 
     A browser that takes no cookies owns the one chat that its tab knows the random id of.
     """
+    person = caller(request)
+    if person.name:  # logged in to a class
+        return f"person:{person.id}"
     secret = request.cookies.get(cookie_name(instance), "")
     kind, secret = ("browser", secret) if _is_secret(secret) else ("tab", chat_id or "")
     return f"{kind}:{hashlib.sha256(secret.encode()).hexdigest()}"

@@ -9,9 +9,11 @@ from typing import Any
 import gradio as gr
 
 from backend.chat import ChatBackend
+from backend.classroom import require_host
 from backend.services import Services
 from ui.answer import warn
 from ui.i18n import label, locale_of
+from ui.roles import caller
 
 MAX_CLIENTS = 100
 
@@ -23,13 +25,15 @@ class RemotePanel:
         self.services = services
         self._clients: OrderedDict[tuple[str, str], ChatBackend] = OrderedDict()
         with gr.Group(elem_id="remote"):
-            self.url = gr.Textbox(
-                services.default_url, label=label("remote.url"), elem_id="remote-url")
-            self.api_key = gr.Textbox(
-                label=label("remote.api_key"), info=label("remote.api_key_info"),
-                type="password", elem_id="remote-key",
-                html_attributes=gr.InputHTMLAttributes(autocomplete="off"))
-            self.connect = gr.Button(label("remote.connect"), elem_id="remote-connect", size="sm")
+            with gr.Column(elem_id="remote-server") as self.server:
+                self.url = gr.Textbox(
+                    services.default_url, label=label("remote.url"), elem_id="remote-url")
+                self.api_key = gr.Textbox(
+                    label=label("remote.api_key"), info=label("remote.api_key_info"),
+                    type="password", elem_id="remote-key",
+                    html_attributes=gr.InputHTMLAttributes(autocomplete="off"))
+                self.connect = gr.Button(
+                    label("remote.connect"), elem_id="remote-connect", size="sm")
             self.models = gr.Dropdown(
                 [], label=label("remote.model"), elem_id="remote-model",
                 allow_custom_value=True)
@@ -51,21 +55,20 @@ class RemotePanel:
         )
 
     async def on_connect(self, url: str, api_key: str, request: gr.Request) -> Any:
-        locale = locale_of(request)
         try:
-            names = await self._client(url, api_key).models()
+            names = await self._client(*self._target(url, api_key, request)).models()
         except Exception as error:
-            warn(error, locale)
+            warn(error, locale_of(request))
             return gr.update(choices=[], value=None)
         return gr.update(choices=names, value=names[0] if names else None)
 
-    def backend(self, form: dict[Any, Any]) -> ChatBackend:
+    def backend(self, form: dict[Any, Any], request: gr.Request) -> ChatBackend:
         """The client for the form's URL and key; kept, for it learns what its server can do.
 
         Raises:
-            UserError: the URL is none, or not one of this page's.
+            UserError: the URL is none, not one of this page's, or not a student's.
         """
-        target = (form[self.url] or "", form[self.api_key] or "")
+        target = self._target(form[self.url], form[self.api_key], request)
         if target not in self._clients:
             self._clients[target] = self._client(*target)
         self._clients.move_to_end(target)
@@ -76,8 +79,16 @@ class RemotePanel:
     def model(self, form: dict[Any, Any]) -> str | None:
         return form[self.models] or None
 
+    def _target(
+        self, url: str | None, api_key: str | None, request: gr.Request
+    ) -> tuple[str, str]:
+        """What the form says; of a student, only the server that the operator named."""
+        target = (url or "").strip(), (api_key or "").strip()
+        if target != (self.services.default_url, ""):
+            require_host(caller(request))
+        return target
+
     def _client(self, url: str, api_key: str) -> ChatBackend:
-        url, api_key = url.strip(), api_key.strip()
         if url == self.services.default_url and not api_key:
             return self.services.chat  # may have a key from the command line
         return self.services.connect(url, api_key)

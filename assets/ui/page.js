@@ -64,6 +64,7 @@
   const showStatus = (status) => {
     gauge("model", status.model || "", "");
     gauge("state", text(`state.${status.state}`), "");
+    gauge("paused", status.paused ? text("paused") : "", "", text("paused_hint"));
     gauge("detail", status.state === "unloaded" ? "" : status.detail || "", "",
       status.detail || "");
     const state = document.querySelector('#status-bar [data-status="state"]');

@@ -60,7 +60,7 @@ def base_app(
         UserError: the server would be open to others without a key.
     """
     app = bare_app(config)
-    _add_status(app, backend, trouble)
+    _add_status(app, backend, classroom, trouble)
     add_class_routes(app, classroom)
     add_fallbacks(app)
     app.add_middleware(Guard, config=config, seen=classroom.see)
@@ -115,7 +115,7 @@ def create_app(
         return "" if engine.healthy() else TROUBLES[engine.state]
 
     app = bare_app(config)
-    _add_status(app, engines, trouble)
+    _add_status(app, engines, classroom, trouble)
     add_class_routes(app, classroom)
     app.add_api_route("/v1/models", routes.list_models, methods=["GET"])
     app.add_api_route("/v1/models/{model:path}", routes.get_model, methods=["GET"])
@@ -157,7 +157,9 @@ def bare_app(config: ServerConfig) -> FastAPI:
     return app
 
 
-def _add_status(app: FastAPI, backend: ChatBackend, trouble: Callable[[], str]) -> None:
+def _add_status(
+    app: FastAPI, backend: ChatBackend, classroom: Classroom, trouble: Callable[[], str]
+) -> None:
     """/health for machines, /api/status for the page's status bar."""
     last: tuple[float, dict[str, Any]] | None = None
 
@@ -172,7 +174,7 @@ def _add_status(app: FastAPI, backend: ChatBackend, trouble: Callable[[], str]) 
         nonlocal last
         if last is None or time.monotonic() - last[0] >= STATUS_SECONDS:
             last = (time.monotonic(), asdict(await backend.status()))
-        return JSONResponse(last[1])
+        return JSONResponse({**last[1], "paused": classroom.paused})
 
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from fastapi import FastAPI
 
+from backend.classroom import Invitation
 from backend.config import ServerConfig
 from backend.errors import UserError
 
@@ -101,10 +102,13 @@ def local_url(config: ServerConfig) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{config.server_port}"
 
 
-def tunnel_line(config: ServerConfig) -> str:
+def tunnel_line(config: ServerConfig, user: str = "") -> str:
     """The command that brings the server's port to another computer by ssh.
 
     Host and port are those of the ssh session that this process was started in, if it was.
+
+    Args:
+        user: whose account on this machine; by default the one of this process.
     """
     connection = os.environ.get("SSH_CONNECTION", "").split()
     host, ssh_port = (
@@ -112,7 +116,14 @@ def tunnel_line(config: ServerConfig) -> str:
     )
     port = config.server_port
     option = "" if ssh_port == "22" else f" -p {ssh_port}"
-    return f"ssh -CNL {port}:127.0.0.1:{port} {_user()}@{host}{option}"
+    return f"ssh -CNL {port}:127.0.0.1:{port} {user or _user()}@{host}{option}"
+
+
+def invitation(config: ServerConfig) -> Invitation | None:
+    """What students need to come in; None where there is no class."""
+    if not config.host_keys:
+        return None
+    return Invitation(tunnel_line(config, "USER"), local_url(config), config.api_keys[0])
 
 
 def _user() -> str:

@@ -7,18 +7,18 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
 from backend.chat import Delta, Message, ReplyStats, ServiceStatus
-from backend.classroom import SCOPE_KEY, Caller
-from backend.config import SamplingParams
+from backend.config import SamplingParams, ServerConfig
 from backend.engine.types import EngineStats, ModelInfo
 from backend.errors import UserError
 from backend.memory import MemoryStatus, memory_parts
+from backend.server.api import base_app
+from backend.server.listen import invitation
 from backend.services import Services
 from ui.build import mount_page
 
@@ -90,28 +90,27 @@ class FakeChat:
 
 
 @contextmanager
-def serve(services: Services, prefix: str = "") -> Iterator[str]:
+def serve(services: Services, prefix: str = "", **keys: tuple[str, ...]) -> Iterator[str]:
     """The page over `services` on a free port of this machine; yields its URL.
 
     With a `prefix` it can be reached under that too, as through a proxy that takes it off.
+
+    Args:
+        keys: of ServerConfig's, where not everybody may come in.
     """
-    app = FastAPI()
-
-    @app.get("/api/status")
-    async def status() -> dict[str, object]:
-        return asdict(await services.chat.status())
-
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = ServerConfig(server_port=port, **keys)
+    services.invitation = invitation(config)
+    app = base_app(services.chat, config, services.classroom, lambda: "")
     mount_page(app, services, prefix)
 
     async def proxy(scope: Any, receive: Any, send: Any) -> None:
         if prefix and scope.get("path", "").startswith(prefix):
             scope = {**scope, "path": scope["path"].removeprefix(prefix)}
-        scope[SCOPE_KEY] = Caller()  # as the guard does where there are no keys
         await app(scope, receive, send)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     ready = threading.Event()
 
     class Server(uvicorn.Server):
