@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from backend.classroom import caller_of, require_host
 from backend.errors import UserError
 from backend.services import Services
 from ui.answer import sentence, warn
@@ -89,6 +90,7 @@ class BenchmarkPanel:
     ) -> Updates:
         locale = locale_of(request)
         try:
+            require_host(caller_of(request.request.scope))
             argv = self._argv(model, kv, concurrency, prompt, completion, rounds, locale)
             title = t("benchmark.title", locale, model=Path(model).name,
                       streams=", ".join(map(str, _streams(concurrency, locale))))

@@ -71,9 +71,9 @@ class TargetPicker:
         known = [value for _, value in choices]
         return gr.update(choices=choices, value=chosen if chosen in known else SERVED)
 
-    def loads(self, form: Form) -> bool:
-        """Whether it names a model that may need an engine of its own."""
-        return form[self.target] not in (SERVED, SERVER)
+    def is_served(self, form: Form) -> bool:
+        """Whether it is what is served already, which takes no memory and asks nobody else."""
+        return bool(form[self.target] == SERVED)
 
     async def side(self, form: Form, locale: str) -> Side:
         """What the fields say.

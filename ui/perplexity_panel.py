@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from backend.classroom import caller_of, require_host
 from backend.errors import UserError
 from backend.services import Services
 from ui.answer import sentence, warn
@@ -81,6 +82,7 @@ class PerplexityPanel:
     ) -> Updates:
         locale = locale_of(request)
         try:
+            require_host(caller_of(request.request.scope))
             argv = self._argv(model, against, kv, tokens, locale)
             title = t("perplexity.title", locale, model=Path(model).name)
             job = await asyncio.to_thread(

@@ -1,23 +1,23 @@
 """One prompt to two targets, their replies beside each other.
 
-What is served already and api_servers only chat; a model of the library is loaded for it, which is
-the host's to do: `TargetPicker.loads` tells the two apart.
+Students may ask what is served already. A model of the library is loaded for it, and an api_server
+is somebody else's: these are the host's to name, as `check_caller` says.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
+from html import escape
 from typing import Any
 
 import gradio as gr
 
 from backend.chat import Message
-from backend.classroom import caller_of
-from backend.compare import Comparison, ServedModelLeavesError
+from backend.classroom import caller_of, require_host
+from backend.compare import Comparison, ServedModelLeavesError, Side
 from backend.config import SamplingParams
 from backend.errors import UserError
 from backend.services import Services
@@ -46,7 +46,7 @@ class SideBySide:
         with gr.Row(elem_classes="lmd-pair"):
             self.pickers = tuple(TargetPicker(services, side) for side in ("left", "right"))
         self.prompt = gr.Textbox(
-            label=label("compare.prompt"), placeholder=label("compare.placeholder"), lines=2,
+            label=label("compare.prompt"), placeholder=label("compare.placeholder"), lines=1,
             max_lines=10, elem_id="compare-prompt")
         with gr.Accordion(label("compare.settings"), open=False, elem_id="compare-settings"):
             self.system_prompt = gr.Textbox(label=label("chat.system_prompt"), lines=2,
@@ -89,10 +89,14 @@ class SideBySide:
             "show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
         form = {self.prompt, self.system_prompt, *self.sampling.values(),
                 *(field for picker in self.pickers for field in picker.inputs)}
-        outputs = [self.go, self.stop, self.free, self.question, self.force, self.note,
-                   *self.heads, *self.replies, *self.feet, self.exports, self.record]
-        gr.on([self.go.click, self.prompt.submit], self.on_go, form, outputs, **event)
-        self.force.click(self.on_force, form, outputs, **event)
+        panes = [*self.heads, *self.replies, *self.feet]
+        buttons = [self.go, self.stop, self.free, self.exports, self.record]
+        begun = [*buttons, self.question, self.force, self.note, *panes]
+        for begins in (gr.on([self.go.click, self.prompt.submit], self.on_go, form, begun, **event),
+                       self.force.click(self.on_force, form, begun, **event)):
+            # Frames touch the panes alone, and go out as they are: each output costs every frame.
+            begins.then(self.on_draw, [], panes, postprocess=False, **event).then(
+                self.on_end, [], buttons, **event)
         self.stop.click(self.on_stop, [], [], queue=False, **event)
         self.free.click(self.on_free, [], [self.free], **event)
         for button, write in ((self.markdown, self.on_markdown), (self.json, self.on_json)):
@@ -111,14 +115,45 @@ class SideBySide:
     # Events
 
     async def on_go(self, form: Form, request: gr.Request) -> Frames:
-        async with aclosing(self._compare(form, request, force=False)) as frames:
-            async for updates in frames:
-                yield updates
+        async for updates in self._begin(form, request, force=False):
+            yield updates
 
     async def on_force(self, form: Form, request: gr.Request) -> Frames:
-        async with aclosing(self._compare(form, request, force=True)) as frames:
-            async for updates in frames:
-                yield updates
+        async for updates in self._begin(form, request, force=True):
+            yield updates
+
+    async def on_draw(self, request: gr.Request) -> Frames:
+        """Draw the replies as they grow; when nobody looks any more, end them."""
+        locale, tab = locale_of(request), request.session_hash or ""
+        comparison = self._running.get(tab)
+        if comparison is None:  # it was refused
+            return
+        drawn, drawn_at = None, 0.0
+        try:
+            while not comparison.ended:
+                await comparison.wait(FRAME_S)
+                state, now = _state(comparison), time.monotonic()
+                if state != drawn or now - drawn_at >= HEARTBEAT_S:
+                    drawn, drawn_at = state, now
+                    yield self._panes(comparison, locale)
+            yield self._panes(comparison, locale)
+        finally:
+            if not comparison.ended:  # the browser tab was closed
+                comparison.stop()
+                self._running.pop(tab, None)
+
+    async def on_end(self, request: gr.Request) -> Updates:
+        """The buttons at rest, and what can be taken along."""
+        tab = request.session_hash or ""
+        comparison = self._running.pop(tab, None)
+        updates: Updates = {self.go: gr.update(visible=True, interactive=True),
+                            self.stop: gr.update(visible=False)}
+        if comparison is None:
+            return updates
+        kept = comparison.plan.together and any(pane.side.load for pane in comparison.panes)
+        made = compare_view.record(comparison, time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+        return {**updates, self.free: gr.update(visible=kept and bool(self.room.spare.loads)),
+                self.exports: gr.update(visible=True), self.record: made}
 
     async def on_stop(self, request: gr.Request) -> None:
         # The event that draws the replies sees their end and shows it.
@@ -131,6 +166,9 @@ class SideBySide:
         return {self.free: gr.update(visible=False)}
 
     async def on_leave(self, request: gr.Request) -> None:
+        """The browser tab was closed."""
+        if comparison := self._running.pop(request.session_hash or "", None):
+            comparison.stop()
         await self.room.leave(request.session_hash or "")
 
     async def on_markdown(self, made: Record | None, request: gr.Request) -> str:
@@ -141,63 +179,40 @@ class SideBySide:
 
     # A comparison
 
-    async def _compare(self, form: Form, request: gr.Request, force: bool) -> Frames:
-        """Ask both, and draw the replies as they grow."""
+    def check_caller(self, form: Form, request: gr.Request) -> None:
+        """Raises HostOnlyError if a student names more than what is served."""
+        if not all(picker.is_served(form) for picker in self.pickers):
+            require_host(caller_of(request.request.scope))
+
+    async def _begin(self, form: Form, request: gr.Request, force: bool) -> Frames:
+        """Ask both; say what memory holds of them, or what has to be asked or mended before."""
         locale, tab = locale_of(request), request.session_hash or ""
+        at_rest: Updates = {self.go: gr.update(interactive=True), self.note: ""}
         try:
-            if tab in self._running:
+            self.check_caller(form, request)
+            if tab in self._running and not self._running[tab].ended:
                 raise UserError(t("compare.busy", locale))
             messages, sampling = self._messages(form, locale), self._params(form)
             sides = [await picker.side(form, locale) for picker in self.pickers]
             yield {self.go: gr.update(interactive=False), self.question: gr.update(visible=False),
-                   self.force: gr.update(visible=False), self.note: self._preparing(form, locale)}
+                   self.force: gr.update(visible=False), self.note: _preparing(sides, locale)}
             ask = partial(self.services.classroom.reply, caller_of(request.request.scope))
-            comparison = await self.room.start(
+            comparison = self._running[tab] = await self.room.start(
                 sides, messages, sampling, tab, ask=ask, force=force)
         except ServedModelLeavesError as error:
             words = t("compare.leaves", locale, count=error.count)
-            yield {self.go: gr.update(interactive=True), self.note: "",
-                   self.question: gr.update(value=f'<p class="lmd-ask">{words}</p>', visible=True),
-                   self.force: gr.update(visible=True)}
-            return
+            yield {**at_rest, self.force: gr.update(visible=True), self.question: gr.update(
+                value=f'<p class="lmd-ask">{escape(words)}</p>', visible=True)}
         except Exception as error:
             warn(error, locale)
-            yield {self.go: gr.update(interactive=True), self.note: ""}
-            return
-        self._running[tab] = comparison
-        try:
-            async for updates in self._watch(comparison, locale):
-                yield updates
-        finally:  # also when the browser tab was closed
-            comparison.stop()
-            self._running.pop(tab, None)
-
-    async def _watch(self, comparison: Comparison, locale: str) -> Frames:
-        yield {
-            self.go: gr.update(visible=False), self.stop: gr.update(visible=True),
-            self.free: gr.update(visible=False), self.exports: gr.update(visible=False),
-            self.note: compare_view.plan_html(comparison.plan, locale), self.record: None,
-            **self._panes(comparison, locale),
-        }
-        drawn, drawn_at = self._state(comparison), time.monotonic()
-        while not comparison.ended:
-            await comparison.wait(FRAME_S)
-            now = time.monotonic()
-            if self._state(comparison) == drawn and now - drawn_at < HEARTBEAT_S:
-                continue
-            drawn, drawn_at = self._state(comparison), now
-            yield self._panes(comparison, locale)
-        made = compare_view.record(comparison, time.strftime("%Y-%m-%d %H:%M:%S %Z"))
-        keeps = bool(self.room.spare.loads) and comparison.plan.together
-        yield {
-            self.go: gr.update(visible=True, interactive=True), self.stop: gr.update(visible=False),
-            self.free: gr.update(visible=keeps and any(p.side.load for p in comparison.panes)),
-            self.exports: gr.update(visible=True), self.record: made,
-            **self._panes(comparison, locale),
-        }
-
-    def _state(self, comparison: Comparison) -> list[Any]:
-        return [(pane.state, len(pane.live.text) if pane.live else 0) for pane in comparison.panes]
+            yield at_rest
+        else:
+            yield {
+                self.go: gr.update(visible=False), self.stop: gr.update(visible=True),
+                self.free: gr.update(visible=False), self.exports: gr.update(visible=False),
+                self.note: compare_view.plan_html(comparison.plan, locale), self.record: None,
+                **self._panes(comparison, locale),
+            }
 
     def _panes(self, comparison: Comparison, locale: str) -> Updates:
         updates: Updates = {}
@@ -207,12 +222,6 @@ class SideBySide:
             updates[reply] = compare_view.reply_markdown(pane)
             updates[foot] = compare_view.foot_html(pane, locale)
         return updates
-
-    def _preparing(self, form: Form, locale: str) -> str:
-        """While it is found out what memory holds."""
-        loads = any(picker.loads(form) for picker in self.pickers)
-        words = t("compare.preparing", locale) if loads else ""
-        return f'<p class="lmd-quiet lmd-busy" role="status">{words}</p>' if words else ""
 
     def _messages(self, form: Form, locale: str) -> list[Message]:
         texts = [form[self.system_prompt] or "", form[self.prompt] or ""]
@@ -241,3 +250,16 @@ class SideBySide:
             updates[picker.server] = gr.update(visible=False)
             updates[picker.model] = gr.update(visible=self.services.remote and chosen == SERVED)
         return updates
+
+
+def _state(comparison: Comparison) -> list[Any]:
+    """What is another when there is something to draw."""
+    return [(pane.state, len(pane.live.text) if pane.live else 0) for pane in comparison.panes]
+
+
+def _preparing(sides: Sequence[Side], locale: str) -> str:
+    """While it is found out what memory holds."""
+    if not any(side.load for side in sides):
+        return ""
+    words = escape(t("compare.preparing", locale))
+    return f'<p class="lmd-quiet lmd-busy" role="status">{words}</p>'

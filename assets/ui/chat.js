@@ -107,8 +107,11 @@
   };
 
   document.addEventListener("keydown", (event) => {
-    const stop = document.querySelector("button#stop");
-    if (event.key === "Escape" && stop && stop.offsetParent !== null) stop.click();
+    if (event.key === "Escape") {
+      for (const stop of document.querySelectorAll("button#stop, button#compare-stop")) {
+        if (stop.offsetParent !== null) stop.click();
+      }
+    }
     if (event.ctrlKey && event.shiftKey && event.key.toLowerCase() === "o") {
       event.preventDefault();
       document.querySelector("button#new-chat")?.click();

@@ -115,8 +115,13 @@ def serve(services: Services, prefix: str = "", **keys: tuple[str, ...]) -> Iter
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await services.__aenter__()
             await super().startup(sockets)
             ready.set()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            await services.stop()
 
     server = Server(uvicorn.Config(proxy, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
