@@ -285,7 +285,7 @@ class RemoteChat:
     def _refusal(self, response: httpx2.Response) -> UserError:
         """An answer whose status is not 200."""
         status = response.status_code
-        text, code = _error_of(response)
+        text, code = error_in(as_json(response))
         where = f"The api_server at {self.url}"
         if status in (401, 403):
             verb = "does not accept the" if self.key() else "needs an"
@@ -333,9 +333,8 @@ def as_json(response: httpx2.Response) -> Any:
         return None
 
 
-def _error_of(response: httpx2.Response) -> tuple[str | None, str]:
+def error_in(data: Any) -> tuple[str | None, str]:
     """(message, code) of OpenAI's {"error": {...}}, or of FastAPI's and LMDeploy's ways."""
-    data = as_json(response)
     error = data.get("error", data) if isinstance(data, dict) else None
     if isinstance(error, str):
         return clean(error), ""

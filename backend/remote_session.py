@@ -13,7 +13,15 @@ from typing import Any
 from backend.chat import Delta, Message, ReplyStats
 from backend.config import SamplingParams
 from backend.errors import AuthError, OverloadedError, RemoteError, UserError
-from backend.remote import MAX_REPLY_CHARS, NO_SERVER, RemoteChat, as_json, clean, printable
+from backend.remote import (
+    MAX_REPLY_CHARS,
+    NO_SERVER,
+    RemoteChat,
+    as_json,
+    clean,
+    error_in,
+    printable,
+)
 
 PATH = "/v1/chat/interactive"
 ALWAYS_SENT = ("temperature", "top_p")
@@ -142,9 +150,8 @@ class RemoteSession:
             raise RemoteError(f"The api_server at {self.backend.url} sent something that is no "
                               "reply.", "Check the URL.")
         if reason == "error":
-            error = data.get("error")
-            told = error.get("message") if isinstance(error, dict) else ""
-            raise RemoteError(f"The api_server at {self.backend.url} failed: {clean(str(told))}")
+            told = error_in(data)[0] or ""
+            raise RemoteError(f"The api_server at {self.backend.url} failed: {told}")
         return printable(text), tokens, reason if isinstance(reason, str) else None
 
     async def _cancel(self) -> None:

@@ -24,6 +24,7 @@ from backend.server.auth import Guard, caller
 from backend.server.class_routes import add_class_routes
 from backend.server.docs import api_page, body_schema, openapi_schema
 from backend.server.failures import error_body, install_error_handlers
+from backend.server.interactive import InteractiveRoutes
 from backend.server.lmdeploy_routes import LMDeployRoutes
 from backend.server.metrics import CONTENT_TYPE, CountRequests, Metrics
 from backend.server.openai_routes import OpenAIRoutes
@@ -94,7 +95,8 @@ def create_app(
         lambda: chat.engine.info.num_blocks
         if (chat := engines.current) and chat.engine.info else 0)
     work = engines, classroom, metrics
-    routes, lmdeploy = OpenAIRoutes(*work), LMDeployRoutes(*work, sessions or Sessions())
+    routes, lmdeploy = OpenAIRoutes(*work), LMDeployRoutes(*work)
+    talks = InteractiveRoutes(lmdeploy, classroom.admit, sessions or Sessions())
 
     async def metrics_text(request: Request) -> Response:
         """Figures for Prometheus; in a class for its hosts."""
@@ -123,9 +125,9 @@ def create_app(
                       openapi_extra=body_schema(protocol.ChatRequest))
     app.add_api_route("/v1/completions", routes.completions, methods=["POST"],
                       openapi_extra=body_schema(protocol.CompletionRequest))
-    app.add_api_route("/v1/chat/interactive", lmdeploy.interactive, methods=["POST"],
+    app.add_api_route("/v1/chat/interactive", talks.interactive, methods=["POST"],
                       openapi_extra=body_schema(lmdeploy_protocol.InteractiveRequest))
-    app.add_api_route("/v1/chat/interactive", lmdeploy.history, methods=["GET"])
+    app.add_api_route("/v1/chat/interactive", talks.history, methods=["GET"])
     app.add_api_route("/v1/encode", lmdeploy.encode, methods=["POST"],
                       openapi_extra=body_schema(lmdeploy_protocol.EncodeRequest))
     app.add_api_route("/metrics", metrics_text, methods=["GET"])

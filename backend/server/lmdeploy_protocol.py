@@ -88,6 +88,8 @@ class InteractiveRequest(Strict):
     ignore_eos: bool | None = sampling_field("ignore_eos", "true or false")
     skip_special_tokens: bool | None = described(
         True, "false shows the special tokens that the reply has inside it", "true or false")
+    model: str | None = described(
+        None, "its name; needed only where a proxy has several", "text")
 
     @property
     def session(self) -> int:
@@ -146,3 +148,5 @@ class EncodeRequest(Strict):
         False, "true takes each text as a user's message, by the chat template", "true or false")
     add_bos: bool | None = described(
         True, "begin with the token that begins a text, if the model has one", "true or false")
+    model: str | None = described(
+        None, "its name; needed only where a proxy has several", "text")

@@ -55,7 +55,7 @@ class OpenAIRoutes:
     async def get_model(self, request: Request, model: str) -> Response:
         """The served model, by its name."""
         chat = self.engines.require()
-        _check_model(chat, model)
+        check_model(chat, model)
         return JSONResponse(self._model(chat))
 
     async def chat_completions(self, request: Request) -> Response:
@@ -101,7 +101,7 @@ class OpenAIRoutes:
 
     def _prepare(self, chat: ChatService, body: Generation, caller: Caller) -> SamplingParams:
         """Refuse what can be refused before any work; the sampling of the rest."""
-        _check_model(chat, body.model)
+        check_model(chat, body.model)
         body.check()
         sampling = body.sampling(chat.sampling_defaults)
         chat.engine.require_ready()
@@ -138,7 +138,12 @@ class OpenAIRoutes:
         return sse.EventStream(first, events, stack.pop_all())
 
 
-def _check_model(chat: ChatService, name: str | None) -> None:
+def check_model(chat: ChatService, name: str | None) -> None:
+    """Insist that a request that names a model means the one that is served.
+
+    Raises:
+        ModelNotFoundError: it means another.
+    """
     if name is not None and name != chat.model_name:
         raise ModelNotFoundError(
             f"The model {show(name)} is not served here.",

@@ -49,11 +49,16 @@ class SessionLimits:
 
 @dataclass
 class Session:
-    """A conversation, and the turn that is adding to it."""
+    """A conversation, and the turn that is adding to it.
+
+    Attributes:
+        place: where the last reply came from, if there are several: its prefix is cached there.
+    """
 
     last_used: float
     messages: list[Message] = field(default_factory=list)
     turn: Turn | None = None
+    place: object = None
 
 
 class Sessions:
@@ -184,6 +189,15 @@ class Turn:
         self._accepted = False
         self._reply: list[str] | None = None
         self._waiting: asyncio.Timeout | None = None
+
+    @property
+    def place(self) -> object:
+        """The session's."""
+        return self._session.place
+
+    @place.setter
+    def place(self, place: object) -> None:
+        self._session.place = place
 
     def said(self, text: str) -> None:
         """A piece of the reply, perhaps an empty one."""

@@ -150,12 +150,15 @@ class Nodes:
         """All models that can be asked now, in alphabetical order."""
         return sorted({model for node in self if node.healthy for model in node.models})
 
-    def choose(self, model: str | None, tried: Sequence[Node] = ()) -> Node | None:
+    def choose(
+        self, model: str | None, tried: Sequence[Node] = (), preferred: object = None
+    ) -> Node | None:
         """The node for the next attempt; None if all have been tried.
 
         Args:
             model: its name; None means the only one that there is.
             tried: nodes that have failed the request already.
+            preferred: the node to take if it can answer.
 
         Raises:
             UserError: no model is named, and there are several.
@@ -170,6 +173,9 @@ class Nodes:
                 f"No node serves the model {model!r:.200}.",
                 f"There are: {', '.join(self.models()[:20]) or 'none'}.", field="model")
         healthy = [node for node in having if node.healthy and node not in tried]
+        for node in healthy:
+            if node is preferred:
+                return node
         if healthy:
             return self._pick(healthy, self.clock(), self._rng)
         if tried:
@@ -202,9 +208,9 @@ class Work:
     fastest answer is an error."""
 
     def __init__(self, node: Node, clock: Callable[[], float]) -> None:
-        self._node, self._clock, self._started = node, clock, clock()
+        self.node, self._clock, self._started = node, clock, clock()
 
     def done(self) -> None:
         """It was answered to the end."""
         now = self._clock()
-        self._node.latencies.append((now, now - self._started))
+        self.node.latencies.append((now, now - self._started))

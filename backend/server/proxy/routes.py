@@ -13,7 +13,8 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from backend.admission import Account, Admission, Limits
+from backend.admission import Account, Admission, Limits, Ticket
+from backend.classroom import Caller
 from backend.config import ServerConfig
 from backend.errors import ModelNotFoundError, RemoteError, UserError
 from backend.remote_http import normalise_url
@@ -22,11 +23,14 @@ from backend.server.api import add_fallbacks, bare_app
 from backend.server.auth import Guard, caller
 from backend.server.body import parse_json, read_body, read_json
 from backend.server.failures import describe, error_body
+from backend.server.interactive import InteractiveRoutes
 from backend.server.keys import key_id
 from backend.server.listen import local_url, tunnel_line
+from backend.server.proxy.interactive import PATH as INTERACTIVE, NodeSpeaker
 from backend.server.proxy.nodes import Node, Nodes, Work
 from backend.server.proxy.protocol import AddRequest, RemoveRequest
 from backend.server.proxy.upstream import Answer, NodeError, NodeLostError, Upstream
+from backend.server.sessions import Sessions
 from backend.server.strict import parse
 
 log = logging.getLogger(__name__)
@@ -55,6 +59,7 @@ class Proxy:
         admin_key: of who may change them.
         node_key: what nodes are sent that were added without a key of their own.
         connect: makes a node's connections.
+        sessions: keeps the conversations of /v1/chat/interactive.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Proxy:
         node_key: str = "",
         *,
         connect: Callable[[str, str], Upstream] = Upstream,
+        sessions: Sessions | None = None,
     ) -> None:
         self.nodes = nodes
         self.own_url = ""
@@ -72,6 +78,7 @@ class Proxy:
         self._admin = key_id(admin_key)
         self._node_key = node_key
         self._connect = connect
+        self._sessions = sessions or Sessions()
         self._upstreams: dict[Node, Upstream] = {}
         self._checking: asyncio.Task[None] | None = None
 
@@ -92,8 +99,11 @@ class Proxy:
         """
         self.own_url = local_url(config)
         app = bare_app(config)
-        for path in ("/v1/chat/completions", "/v1/completions"):
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/encode"):
             app.add_route(path, self._forwarder(path), methods=["POST"])
+        talks = InteractiveRoutes(NodeSpeaker(self.ask), self._admit, self._sessions)
+        app.add_route(INTERACTIVE, talks.interactive, methods=["POST"])
+        app.add_route(INTERACTIVE, talks.history, methods=["GET"])
         app.add_route("/v1/models", self._models, methods=["GET"])
         app.add_route("/v1/models/{model:path}", self._model, methods=["GET"])
         app.add_route("/health", self._health, methods=["GET", "HEAD"])
@@ -215,11 +225,9 @@ class Proxy:
         if model is not None and not isinstance(model, str):
             raise UserError("model must be text.", field="model")
         async with AsyncExitStack() as stack:
-            account = self._accounts[caller(request).id]
-            ticket = stack.enter_context(
-                self.admission.admit(account, 1, LIMITS.max_per_caller))
+            ticket = stack.enter_context(self._admit(caller(request)))
             answer, work = await sse.until_gone(
-                request.receive, self._ask(path, body, model, stream, stack))
+                request.receive, self.ask(path, body, model, stream, stack))
             ticket.started(0)
             if answer.chunks is None:
                 return Response(answer.body, answer.status, answer.headers)
@@ -227,13 +235,28 @@ class Proxy:
                 answer.body, _passed_on(answer, work), stack.pop_all(),
                 media_type=answer.headers["content-type"])
 
-    async def _ask(
-        self, path: str, body: bytes, model: str | None, stream: bool, stack: AsyncExitStack
+    def _admit(self, who: Caller) -> Ticket:
+        """One request of a caller."""
+        return self.admission.admit(self._accounts[who.id], 1, LIMITS.max_per_caller)
+
+    async def ask(
+        self, path: str, body: bytes, model: str | None, stream: bool, stack: AsyncExitStack,
+        preferred: object = None,
     ) -> tuple[Answer, Work]:
-        """A node's answer: of the first that has one, or else the last one's refusal."""
+        """A node's answer: of the first that has one, or else the last one's refusal.
+
+        Args:
+            stack: closes the connection.
+            preferred: the node to ask first, if it can answer.
+
+        Raises:
+            UserError: there is no node to ask; RemoteError: none answers.
+        """
         tried: list[Node] = []
         refusal: tuple[Answer, Work] | None = None
-        while len(tried) < MAX_ATTEMPTS and (node := self.nodes.choose(model, tried)) is not None:
+        while len(tried) < MAX_ATTEMPTS:
+            if (node := self.nodes.choose(model, tried, preferred)) is None:
+                break
             tried.append(node)
             async with AsyncExitStack() as attempt:
                 work = attempt.enter_context(self.nodes.working(node))

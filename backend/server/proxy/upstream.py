@@ -11,7 +11,7 @@ import httpx2
 
 from backend.errors import RemoteError, UserError
 from backend.remote import RemoteChat
-from backend.remote_http import CONNECT_SECONDS, bounded_client
+from backend.remote_http import CONNECT_SECONDS, EVENT_ENDS, bounded_client
 
 MAX_ANSWER_BYTES = 16 << 20  # of an answer that is no stream: log-probabilities are long
 CHECK_SECONDS = 10.0
@@ -81,14 +81,14 @@ class Upstream:
         request = self._http.build_request(
             "POST", self.url + path, content=body,
             headers={"Content-Type": "application/json",
-                     "Accept": "text/event-stream" if stream else "application/json"},
+                     "Accept": ", ".join(EVENT_ENDS) if stream else "application/json"},
             timeout=httpx2.Timeout(seconds, connect=CONNECT_SECONDS))
         try:
             reply = await self._http.send(request, stream=True)
             stack.push_async_callback(reply.aclose)
             kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
             headers = {name: reply.headers[name] for name in PASSED_ON if name in reply.headers}
-            if reply.status_code == 200 and stream and kind == "text/event-stream":
+            if reply.status_code == 200 and stream and kind in EVENT_ENDS:
                 chunks = await stack.enter_async_context(aclosing(self._chunks(reply)))
                 return Answer(200, headers, await anext(chunks), chunks)
             if kind != "application/json" or 300 <= reply.status_code < 400:
