@@ -37,6 +37,11 @@ class Detokenizer:
         self._spaces_to_strip = 0 if continues else tokenizer.leading_spaces
         self._held = ""  # characters that may turn out to begin a stop string
 
+    @property
+    def holds(self) -> bool:
+        """Whether characters are held back, since they may begin a stop string."""
+        return bool(self._held)
+
     def add(self, token_ids: Iterable[int]) -> str:
         """Text that is certain after these ids too; "" once a stop string was met."""
         raw = b"".join(

@@ -9,7 +9,13 @@
         res, tokens = outputs[0]
     print(tm_model.tokenizer.decode(res.tolist()))
 
-Names and shapes are LMDeploy 0.1's. Sessions are lists of token ids: what is said again is found in
+Names and shapes are LMDeploy 0.1's; with a `gen_config`, 0.2's:
+
+    from backend.messages import EngineGenerationConfig    # LMDeploy: from lmdeploy.messages
+    config = EngineGenerationConfig(max_new_tokens=64)
+    for status, token_ids, count in generator.stream_infer(0, input_ids, gen_config=config): ...
+
+Sessions are lists of token ids: what is said again is found in
 the engine's prefix cache, and nothing else is kept of them.
 """
 
@@ -24,15 +30,17 @@ from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 
 from backend.chat import ChatService
 from backend.chat_template import ChatTemplate
 from backend.config import ChatConfig, EngineConfig, SamplingParams
+from backend.detokenizer import Detokenizer
 from backend.errors import UserError
 from backend.hub_commands import model_folder
+from backend.messages import EngineGenerationConfig, EngineOutput, ResponseType
 from backend.target import is_address, open_services
 from backend.tokenizer import Tokenizer
 
@@ -186,6 +194,22 @@ class TurboMindInstance:
     def __init__(self, tm_model: TurboMind) -> None:
         self._tm = tm_model
 
+    @overload
+    def stream_infer(
+        self, session_id: int | Sequence[int], input_ids: Any, *,
+        gen_config: EngineGenerationConfig, sequence_start: bool = True, sequence_end: bool = False,
+        step: int = 0, stop: bool = False, stream_output: bool = False,
+    ) -> Iterator[EngineOutput]: ...
+
+    @overload
+    def stream_infer(
+        self, session_id: int | Sequence[int], input_ids: Any, request_output_len: int = 512,
+        sequence_start: bool = True, sequence_end: bool = False, step: int = 0, stop: bool = False,
+        top_p: float = 0.8, top_k: int = 40, temperature: float = 0.8,
+        repetition_penalty: float = 1.0, ignore_eos: bool = False, random_seed: int | None = None,
+        stream_output: bool = False, gen_config: None = None,
+    ) -> Iterator[list[tuple[torch.Tensor, int]]]: ...
+
     def stream_infer(
         self,
         session_id: int | Sequence[int],
@@ -202,7 +226,8 @@ class TurboMindInstance:
         ignore_eos: bool = False,
         random_seed: int | None = None,
         stream_output: bool = False,
-    ) -> Iterator[list[tuple[torch.Tensor, int]]]:
+        gen_config: EngineGenerationConfig | None = None,
+    ) -> Iterator[Any]:
         """Replies, as lists with one entry for each prompt: its tokens so far, and their number.
 
         Args:
@@ -214,9 +239,12 @@ class TurboMindInstance:
             step: keep only so many of the session's tokens; 0 keeps all.
             stop: only end the reply that another thread gets in this session; what it has is kept.
             stream_output: an entry of the iterator for each step, not only for the whole replies.
+            gen_config: instead of the arguments about sampling, for one prompt.
 
         Yields:
-            Of each prompt, (int64 [n], n); the token that ended a reply is not among them.
+            Of each prompt, (int64 [n], n); the token that ended a reply is not among them, nor are
+            those of a text that ends a turn by the chat template. With a `gen_config` one
+            EngineOutput, with ids as a list.
 
         Raises:
             UserError: a session that is not there or busy, or a prompt that does not fit.
@@ -233,10 +261,16 @@ class TurboMindInstance:
                 "Give each prompt a session_id of its own.",
                 field="session_id",
             )
-        sampling = SamplingParams(
-            temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=request_output_len,
-            repetition_penalty=repetition_penalty, ignore_eos=ignore_eos, seed=random_seed,
-        )
+        if gen_config is not None:
+            if len(ids) != 1:
+                raise UserError("A gen_config is for one prompt.", "Ask for one after another.",
+                                field="gen_config")
+            sampling = gen_config.sampling()
+        else:
+            sampling = SamplingParams(
+                temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=request_output_len,
+                repetition_penalty=repetition_penalty, ignore_eos=ignore_eos, seed=random_seed,
+            )
         sessions = [self._open(number, sequence_start, step) for number in ids]
         replies: list[list[int]] = [[] for _ in ids]
         news: queue.SimpleQueue[Future[None] | None] = queue.SimpleQueue()  # None: a step
@@ -251,8 +285,13 @@ class TurboMindInstance:
                     left -= 1
                     if not ended.cancelled():  # else it was stopped
                         ended.result()
-                if stream_output or not left:
+                if not (stream_output or not left):
+                    continue
+                if gen_config is None:
                     yield [(torch.tensor(r, dtype=torch.int64), len(r)) for r in replies]
+                else:
+                    status = ResponseType.SUCCESS if left else ResponseType.FINISH
+                    yield EngineOutput(status, list(replies[0]), len(replies[0]))
         finally:
             for number, session, prompt, reply in zip(ids, sessions, prompts, replies):
                 assert session.running is not None
@@ -267,16 +306,36 @@ class TurboMindInstance:
         self, prompt: list[int], sampling: SamplingParams, reply: list[int],
         news: queue.SimpleQueue[Future[None] | None],
     ) -> None:
-        """Gather a reply's tokens, and tell of each step."""
+        """Gather a reply's tokens, and tell of each step. Tokens that may begin a text that ends
+        the turn are held back until that is known."""
         service = self._tm._service
+        text = Detokenizer(service.tokenizer, () if sampling.ignore_eos else service.stop)
+        drawn: list[int] = []
+        sure = 0  # tokens whose text is certain
+        chars = 0
         async with aclosing(service.engine.generate(service.request(prompt, sampling))) as outputs:
             async for output in outputs:
                 if output.finish_reason == "error":
                     raise UserError(output.error)
-                stopped = output.finish_reason == "stop"
-                reply += output.token_ids[:-1] if stopped else output.token_ids
+                ended = output.finish_reason == "stop"
+                for token_id in output.token_ids[:-1] if ended else output.token_ids:
+                    drawn.append(token_id)
+                    chars += len(text.add([token_id]))
+                    if text.stopped is not None:
+                        while sure < len(drawn) and self._num_chars(drawn[:sure]) < chars:
+                            sure += 1
+                        reply += drawn[len(reply) : sure]
+                        return
+                    if not text.holds:
+                        sure = len(drawn)
+                if output.finish_reason is not None:
+                    sure = len(drawn)
+                reply += drawn[len(reply) : sure]
                 if output.finish_reason is None:
                     news.put(None)
+
+    def _num_chars(self, token_ids: Sequence[int]) -> int:
+        return len(self._tm._service.tokenizer.decode(token_ids))
 
     def _open(self, number: int, start: bool, step: int) -> _Session:
         known = self._tm._sessions.get(number)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from backend import turbomind as tm
+from backend.engine.types import StepOutput
 from backend.errors import UserError
+from backend.messages import EngineGenerationConfig, ResponseType
 from tests.parity.test_engine import drain, engine_for, made
 from tests.tiny_model import make_checkpoint
 
@@ -67,6 +69,53 @@ def test_greedy_tokens_whole_and_as_they_come(tm_model, folder):
     numbers = [step[0][1] for step in steps]
     assert numbers == sorted(numbers) and numbers[0] < 12 == numbers[-1]
     assert all(step[0][0].tolist() == reply[: step[0][1]] for step in steps)
+
+
+def test_with_a_gen_config_it_yields_what_lmdeploy_0_2_does(tm_model, folder):
+    prompt = [5, 6, 7, 8]
+    reply = expected(folder, prompt, 12)
+    generator = tm_model.create_instance()
+    config = EngineGenerationConfig(max_new_tokens=12, ignore_eos=True)  # greedy by default
+    [(status, token_ids, count)] = generator.stream_infer(3, prompt, gen_config=config)
+    assert (status, token_ids, count) == (ResponseType.FINISH, reply, 12)
+    steps = list(generator.stream_infer(3, prompt, gen_config=config, stream_output=True))
+    assert [s.status for s in steps[:-1]] == [ResponseType.SUCCESS] * (len(steps) - 1)
+    assert all(s.token_ids == reply[: s.num_token] for s in steps) and len(steps) > 2
+    config.stop_words = [next(t for t in reply if t != reply[0])]
+    stopped = list(generator.stream_infer(3, prompt, gen_config=config))[-1].token_ids
+    assert stopped == reply[: reply.index(config.stop_words[0])]
+    config.stop_words, config.bad_words = None, [reply[0]]
+    assert reply[0] not in list(generator.stream_infer(3, prompt, gen_config=config))[-1].token_ids
+    config.n = 2
+    with pytest.raises(UserError, match="n must be 1, not 2"):
+        list(generator.stream_infer(3, prompt, gen_config=config))
+    with pytest.raises(UserError, match="for one prompt"):
+        list(generator.stream_infer([3, 4], [prompt, prompt], gen_config=config))
+
+
+@pytest.mark.parametrize("said, kept", [
+    ("Hello\n", "Hello\n"), ("Hello\nUSER: more", "Hello\n"), ("A US\nUSE", "A US\nUSE"),
+    ("USER:", ""), ("好US好USER:好", "好US好"),
+])  # fmt: skip
+def test_a_text_of_several_tokens_ends_a_reply(tm_model, monkeypatch, said, kept):
+    """As chat templates have it whose turns end by a text that is no token."""
+    ids = tm_model.tokenizer.encode(tm.Prompt(said))
+
+    async def generate(request):
+        for token_id in ids:
+            yield StepOutput(request.request_id, [token_id])
+        yield StepOutput(request.request_id, [256], "stop")
+
+    monkeypatch.setattr(tm_model._service.engine, "generate", generate)
+    monkeypatch.setattr(tm_model._service, "stop", ("USER:",))
+    generator = tm_model.create_instance()
+    steps = [step[0][0].tolist() for step in generator.stream_infer(4, [5], stream_output=True)]
+    assert tm_model.tokenizer.decode(steps[-1]) == kept
+    assert all(step == steps[-1][: len(step)] for step in steps)  # nothing was taken back
+    assert len(steps) > len(kept) / 2
+    assert tm_model._sessions[4].token_ids == [5, *steps[-1]]
+    whole = list(generator.stream_infer(4, [5], ignore_eos=True))[-1][0][0].tolist()
+    assert tm_model.tokenizer.decode(whole) == said
 
 
 def test_several_prompts_at_once(tm_model, folder):

@@ -53,6 +53,7 @@ FLOORS = {
     "backend.hub_commands": 40,
     "backend.target": 39,
     "backend.turbomind": 45,
+    "backend.messages": 44,
     "backend.chat_commands": 45,
     "backend.command_line": 6,
     "backend.command_docs": 7,
