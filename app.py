@@ -33,7 +33,7 @@ from backend.command_line import Parser, add_command
 from backend.config import ChatConfig, EngineConfig, ServerConfig, parse_bool
 from backend.errors import UserError
 from backend.hub_commands import add_command as add_download_command, fetch_named_models
-from backend.proxy_command import add_command as add_proxy_command
+from backend.proxy_command import MembershipConfig, add_command as add_proxy_command
 from backend.target import BUNDLED_MODEL, add_service_flags, is_address, open_services
 from backend.workspace_commands import add_commands as add_workspace_commands
 from quantize.commands import add_commands as add_lite_commands, add_guide_command
@@ -107,7 +107,8 @@ def _add_serve(commands) -> None:
     text = "the OpenAI-compatible API"
     examples = ("serve api_server ./workspace --server-port 23333",
                 "serve api_server ./internlm2-chat-7b --server-name 0.0.0.0 --tp 2")
-    sub = add_command(kinds, "api_server", text, run_api_server, *SERVER, examples=examples)
+    settings = (*SERVER, MembershipConfig)
+    sub = add_command(kinds, "api_server", text, run_api_server, *settings, examples=examples)
     add_service_flags(sub)
     text = "the page, over the api_server at a URL or with a model of its own"
     examples = ("serve gradio ./workspace",
@@ -148,13 +149,17 @@ async def run_page(args: argparse.Namespace) -> int:
 async def run_api_server(args: argparse.Namespace) -> int:
     """The API alone."""
     server = config.from_namespace(ServerConfig, args, server_port=23333)
+    join = config.from_namespace(MembershipConfig, args)
     services = open_services(args)
     if services.remote:
         raise UserError(f"{args.model} is a server already.", "Name a model's folder.")
-    return await serve(services, server, fixed_port=True, with_page=False)
+    return await serve(services, server, fixed_port=True, with_page=False, join=join)
 
 
-async def serve(services: Services, server: ServerConfig, fixed_port: bool, with_page: bool) -> int:
+async def serve(
+    services: Services, server: ServerConfig, fixed_port: bool, with_page: bool,
+    join: MembershipConfig | None = None,
+) -> int:
     """Listen, say where, and serve until told to stop."""
     from backend.classroom import Classroom
     from backend.server.api import base_app, create_app
@@ -163,6 +168,12 @@ async def serve(services: Services, server: ServerConfig, fixed_port: bool, with
 
     sock, server = bind(server, fixed_port)
     server = resolve_keys(server)
+    membership = None
+    if join is not None and join.proxy_url:
+        from backend.server.proxy.membership import Membership
+
+        membership = Membership(join.proxy_url, join.proxy_key, server)
+        await membership.check()
     services.classroom = Classroom(has_hosts=bool(server.host_keys))
     async with services:  # the engine loads its model while the page is being built
         if services.engines is None:
@@ -176,7 +187,7 @@ async def serve(services: Services, server: ServerConfig, fixed_port: bool, with
 
             services.history, services.invitation = open_history(), invitation(server)
             app = mount_page(app, services, server.root_path)
-        await serve_forever(app, sock, server, services, with_page)
+        await serve_forever(app, sock, server, services, with_page, membership)
     return 0
 
 

@@ -29,6 +29,19 @@ class ProxyConfig:
     admin_key: str = option("", "key for adding and removing nodes; default: a random one")
 
 
+@dataclass(frozen=True)
+class MembershipConfig:
+    """The proxy that the server joins as a node while it runs."""
+
+    proxy_url: str = option("", "join the proxy (serve proxy) at this URL, and leave it at the end")
+    proxy_key: str = option("", "its admin key; a proxy of yours on this machine needs none")
+
+    def __post_init__(self) -> None:
+        if self.proxy_key and not self.proxy_url:
+            raise UserError("--proxy-key is for a proxy that none names.",
+                            "Name it by --proxy-url.", field="proxy_url")
+
+
 def add_command(kinds: Any) -> None:
     """The parser of `serve proxy`."""
     text = "one address for many api_servers: docs/proxy.md"

@@ -22,6 +22,7 @@ from backend.config import ServerConfig
 from backend.errors import UserError
 
 if TYPE_CHECKING:
+    from backend.server.proxy.membership import Membership
     from backend.services import Services
 
 PORTS_TO_TRY = 100
@@ -136,12 +137,17 @@ def _user() -> str:
 class _Server(uvicorn.Server):
     """Ctrl-C and SIGTERM end the serving, and nothing else.
 
-    `end_replies` is called when replies are still being written after SHUTDOWN_SECONDS.
+    `leave` is called then, and `end_replies` when replies are still being written after
+    SHUTDOWN_SECONDS.
     """
 
-    def __init__(self, config: uvicorn.Config, end_replies: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, end_replies: Callable[[], Awaitable[None]],
+        leave: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         super().__init__(config)
         self._end_replies = end_replies
+        self._leave = leave
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn would note the signal, to raise it once more when serving has ended; that would
@@ -156,6 +162,8 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(SHUTDOWN_SECONDS)
             await self._end_replies()
 
+        if self._leave is not None:
+            await self._leave()
         logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
         ending = asyncio.create_task(end_late_replies())
         await super().shutdown(sockets)
@@ -168,9 +176,13 @@ def _is_no_cancellation(record: logging.LogRecord) -> bool:
 
 
 async def serve_forever(
-    app: FastAPI, sock: socket.socket, config: ServerConfig, services: Services, with_page: bool
+    app: FastAPI, sock: socket.socket, config: ServerConfig, services: Services, with_page: bool,
+    membership: Membership | None = None,
 ) -> None:
     """Serve `app` until a signal comes; print the addresses once messages can be answered.
+
+    Args:
+        membership: of a proxy; it begins when messages can be answered, and ends first.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -183,10 +195,17 @@ async def serve_forever(
             if not with_page:
                 raise
             what = f"no model yet: {error}"  # the page can load another
-        return announcement(config, what, with_page, not services.remote)
+        if membership is not None:
+            membership.begin()
+        return announcement(
+            config, what, with_page, not services.remote, membership.url if membership else "")
+
+    async def leave() -> None:
+        if membership is not None:
+            await membership.leave()
 
     seconds = SHUTDOWN_SECONDS * (1 if services.remote else 2)
-    await serve_until_told(app, sock, announce, services.stop, seconds)
+    await serve_until_told(app, sock, announce, services.stop, seconds, leave)
 
 
 async def serve_until_told(
@@ -195,6 +214,7 @@ async def serve_until_told(
     announce: Callable[[], Awaitable[str]],
     end_replies: Callable[[], Awaitable[None]],
     shutdown_seconds: int,
+    leave: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Serve `app` until a signal comes.
 
@@ -202,6 +222,7 @@ async def serve_until_told(
         announce: what to print, once there is something to be had.
         end_replies: called when replies go on for too long after the signal.
         shutdown_seconds: when open connections are cut off.
+        leave: called after the signal, while requests are still answered.
 
     Raises:
         UserError: by `announce`; ends the serving.
@@ -217,6 +238,7 @@ async def serve_until_told(
             timeout_graceful_shutdown=shutdown_seconds,
         ),
         end_replies,
+        leave,
     )
 
     async def say() -> None:
@@ -234,7 +256,9 @@ async def serve_until_told(
     announcing.cancel()
 
 
-def announcement(config: ServerConfig, what: str, with_page: bool, with_api: bool) -> str:
+def announcement(
+    config: ServerConfig, what: str, with_page: bool, with_api: bool, proxy: str = ""
+) -> str:
     """What the terminal shows: what is served, where, the way there, and the key."""
     url = local_url(config)
     lines = [f"LMDesk serves {what}"]
@@ -242,6 +266,8 @@ def announcement(config: ServerConfig, what: str, with_page: bool, with_api: boo
         lines.append(f"  Page    {url}")
     if with_api:
         lines.append(f"  API     {url}/v1   (described at {url}/docs)")
+    if proxy:
+        lines.append(f"  Proxy   {proxy}   (this server is to be a node of it)")
     if config.host_keys:
         lines.append(f"  Host    {config.host_keys[0]}   (your key; keep it to yourself)")
         lines.append(f"  Class   {config.api_keys[0]}   (the students' key)")

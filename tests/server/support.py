@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -156,6 +157,10 @@ class Served:
     def __exit__(self, *exc_info: object) -> None:
         self.server.should_exit = True
         self._thread.join(30)
+
+    def config_with_port(self) -> ServerConfig:
+        """As it listens."""
+        return replace(self.config, server_port=self.port)
 
     def client(self, api_key: str = "none", **options: Any) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60,
