@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from backend import chat_commands, command_line, config
 from backend.benchmark.commands import add_commands as add_benchmark_commands
+from backend.command_examples import add_examples
 from backend.command_line import Parser, add_command
 from backend.config import ChatConfig, EngineConfig, ServerConfig, parse_bool
 from backend.errors import UserError
@@ -92,6 +93,7 @@ def make_parser() -> Parser:
     add_guide_command(commands)
     add_workspace_commands(commands)
     add_download_command(commands)
+    add_examples(parser)
     return parser
 
 

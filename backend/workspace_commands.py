@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,10 @@ def _convert(args: argparse.Namespace) -> int:
 
     if not 1 <= args.tp <= 64:
         raise UserError(f"tp must be from 1 to 64, not {args.tp}.", field="tp")
+    if os.path.isdir(args.name) and not os.path.exists(args.model):
+        raise UserError(f"The model folder {args.model} does not exist.",
+                        f"The name comes first: convert {args.model} {shlex.quote(args.name)}",
+                        field="model")
     with tqdm(desc="convert", unit="B", unit_scale=True, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -109,7 +114,8 @@ def _convert(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             progress=progress,
         )
-    print(f"{folder}: a workspace for tp {args.tp}. Try it: python app.py chat {args.dst_path}")
+    place = shlex.quote(args.dst_path)
+    print(f"{folder}: a workspace for tp {args.tp}. Try it: python app.py chat {place}")
     return 0
 
 
@@ -166,8 +172,13 @@ def _set(args: argparse.Namespace) -> int:
     changes = {}
     for word in args.changes:
         key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"{word!r:.80} is no KEY=VALUE.", "Such as: session_len=4096")
+        if not (key and equals):
+            hint = "Such as: session_len=4096"
+            if any(other.startswith("=") for other in args.changes):
+                hint = "Write no blanks around the =, such as: session_len=4096"
+            elif "=" in args.model and not os.path.exists(args.model):
+                hint = f"The model comes first: config set MODEL {args.model}"
+            raise UserError(f"{word!r:.80} is no KEY=VALUE.", hint)
         changes[key.strip()] = value.strip()
     file = settings_of(_folder(args))
     saved = save(file, changes)

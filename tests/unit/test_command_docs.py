@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import tomllib
 from collections.abc import Iterator
 
@@ -32,6 +33,18 @@ def test_nearly_every_text_has_its_chinese() -> None:
     texts = command_docs.texts(app.make_parser())
     missing = texts - chinese.keys() - {""}
     assert len(missing) < 0.15 * len(texts), missing  # a flag may be there a little sooner
+
+
+def test_every_command_shows_examples_that_are_its_own() -> None:
+    for command in commands(app.make_parser()):
+        if subcommands(command):
+            continue
+        lines = (command.epilog or "").splitlines()[1:]
+        assert lines, command.prog
+        for line in lines:
+            words = shlex.split(line.strip().removeprefix("python app.py"))
+            args = app.parse(words)
+            assert args.run is command.get_default("run"), line
 
 
 def test_every_command_and_every_argument_has_help() -> None:

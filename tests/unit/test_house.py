@@ -57,6 +57,7 @@ FLOORS = {
     "backend.chat_commands": 45,
     "backend.command_line": 6,
     "backend.command_docs": 7,
+    "backend.command_examples": 7,
     "backend.command_spelling": 5,
     "backend.model_files": 18,
     "backend.chat_formats": 19,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,9 @@ def test_kv_scales_as_the_tutorials_have_them(model, tmp_path, capfd, monkeypatc
         (["convert", "tiny", "MODEL", "--model-format", "gguf"], "invalid choice"),
         (["convert", "tiny", "./nowhere"], "does not exist"),
         (["convert", "tiny"], "required"),
+        (["convert", "MODEL", "tiny"], "The name comes first: convert tiny "),
+        (["config", "set", "MODEL", "quant_policy", "=", "4"], "no blanks around the ="),
+        (["config", "set", "quant_policy=4", "MODEL"], "The model comes first: config set MODEL q"),
         (["import", "MODEL", "new"], "nothing need be imported"),
     ],
 )
@@ -111,6 +115,14 @@ def test_bad_command_lines(
     monkeypatch.setenv("LMDESK_HOME", str(tmp_path_factory.mktemp("home")))
     assert words in refused(capfd, *(word.replace("MODEL", str(model)) for word in argv))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_line_to_try_can_be_pasted(model, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = run(capfd, "convert", "tiny", model, "--dst-path", "中文 路径/工作 区")
+    words = shlex.split(said.partition("python app.py ")[2])
+    assert words == ["chat", "中文 路径/工作 区"]
+    assert "quant_policy" in run(capfd, "config", "show", words[1])
 
 
 def test_settings_of_a_plain_folder(model, tmp_path, capfd, monkeypatch):
