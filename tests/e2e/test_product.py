@@ -1,12 +1,10 @@
 """The product as a newcomer meets it: `python app.py`, the bundled model, a real browser.
 
-With the engine as a child process, inline, and behind an api_server. LMDESK_SCREENSHOTS=1 writes
-the README's picture.
+With the engine as a child process, inline, and behind an api_server.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import time
@@ -20,11 +18,10 @@ import psutil
 import pytest
 from playwright.sync_api import expect
 
-from tests.app_process import ROOT, AppProcess, until
+from tests.app_process import AppProcess, until
 from tests.e2e.chat_page import ChatPage
 
 Open = Callable[..., ChatPage]
-PICTURE = ROOT / "assets" / "screenshots" / "chat.png"
 SCREEN = {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"}
 STOP_BOUND_S = 10.0  # ten times the aim: the machine may be busy
 # Room for replies that would go on for minutes if nobody stopped them, and how to get one: what
@@ -181,10 +178,6 @@ def test_a_newcomers_first_sight(new_page: Open, tmp_path: Path) -> None:
         for row in chat.page.locator("#chat .message-row").all():
             expect(row).to_be_in_viewport(ratio=1)
         expect(chat.box).to_be_in_viewport(ratio=1)
-        keep = os.environ.get("LMDESK_SCREENSHOTS")
-        picture = PICTURE if keep else tmp_path / "chat.png"
-        picture.parent.mkdir(exist_ok=True)
-        chat.page.screenshot(path=picture, animations="disabled")
         assert chat.foreign_requests() == [] and chat.problems == []
     finally:
         app.kill()
