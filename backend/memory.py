@@ -55,9 +55,12 @@ def memory_status(
     held = info.num_blocks - stats.num_blocks_free - stats.num_blocks_cached if stats else 0
     parts = {}
     if total:
+        # A CPU's memory is taken when it is first written to: what no sequence has used yet of the
+        # pool counts as free, and what was used before as the engine's.
+        kv_used = held * block_bytes
         parts = memory_parts(
-            taken, used=used, total=total, weights=info.weight_bytes, kv_cache=kv_cache,
-            kv_used=held * block_bytes,
+            taken, used=used, total=total, weights=info.weight_bytes,
+            kv_cache=kv_used if info.device == "cpu" else kv_cache, kv_used=kv_used,
         )
     return MemoryStatus(used, total, resident, info.weight_bytes, kv_cache, parts)
 
@@ -68,8 +71,7 @@ def memory_parts(
     """A device's `total` bytes by PARTS.
 
     Args:
-        taken: by the engine, of the `used` ones. Memory of a CPU is taken when it is first written
-            to, so that may be less than weights and pool: then less of the reserve counts.
+        taken: by the engine, of the `used` ones; of these count first `weights` and `kv_cache`.
     """
     taken = min(taken, total)
     used = max(used, taken)

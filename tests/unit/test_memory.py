@@ -33,14 +33,16 @@ def test_nothing_is_counted_twice_nor_below_zero(taken: int) -> None:
 
 
 def test_of_this_machine() -> None:
-    """An engine that says nothing yet has all of its pool in reserve."""
+    """A pool takes none of it before it is written to: there is no reserve."""
     info = fake_info(num_blocks=100, block_size=8)
     status = memory_status(os.getpid(), info, None)
     assert status is not None and sum(status.parts.values()) == status.total
-    assert status.parts["kv_used"] == 0 and status.parts["kv_reserved"] == 800
+    assert status.parts["kv_used"] == 0 == status.parts["kv_reserved"]
+    assert status.kv_cache == 800
     stats = EngineStats(num_blocks_free=60, num_blocks_cached=15)
     status = memory_status(os.getpid(), info, stats)
     assert status is not None and status.parts["kv_used"] == 25 * 8
+    assert status.parts["kv_reserved"] == 0
     assert status.parts["engine"] == pytest.approx(status.engine, rel=0.01)
 
 
