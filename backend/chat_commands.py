@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from backend import config
@@ -84,6 +85,9 @@ async def run_chat(args: argparse.Namespace) -> int:
 
 async def run_api_client(args: argparse.Namespace) -> int:
     """Chat with a server, in the terminal."""
+    if args.model.isdecimal() and not os.path.exists(args.model):
+        raise UserError(f"{args.model} is a port, not an address.",
+                        f"Write http://127.0.0.1:{args.model}")
     if not is_address(args.model):
         raise UserError(
             f"{args.model} is no server's address.",

@@ -103,5 +103,6 @@ def _check_no_command(words: list[str], choices: dict[str, argparse.ArgumentPars
 
 def _hint(unknown: list[str], parser: argparse.ArgumentParser) -> str:
     """The flag of the chosen command that was perhaps meant, else where its flags are told."""
-    near = difflib.get_close_matches(unknown[0].partition("=")[0], flags(parser), 1)
+    own = [flag for flag in flags(parser) if flag not in ("-h", "--help")]
+    near = difflib.get_close_matches(unknown[0].partition("=")[0], own, 1)
     return f"Did you mean {near[0]}?" if near else f"See: python {parser.prog} --help"

@@ -120,3 +120,10 @@ def test_the_page_may_insist_on_a_server_or_a_model(capsys) -> None:
 def test_a_client_is_for_a_server(capsys) -> None:
     assert app.main(["serve", "api_client", "./workspace"]) == 2
     assert "no server's address" in capsys.readouterr().err
+    assert app.main(["serve", "api_client", "23333"]) == 2
+    assert "Write http://127.0.0.1:23333" in capsys.readouterr().err
+
+
+def test_help_is_not_what_an_unknown_flag_was_meant_to_be(capsys) -> None:
+    assert app.main(["list", "--model", "x"]) == 2
+    assert "See: python app.py list --help" in capsys.readouterr().err
