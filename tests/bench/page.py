@@ -51,12 +51,16 @@ REPEATS = 8
 # When the thread has changed, looks in the next frame for new tokens. `first` is when the
 # first was seen, `worst` how late the latest was, in milliseconds.
 WATCH = """(day) => {
-  const seen = window.seen = {last: -1, first: null, worst: 0};
+  const seen = window.seen = {};
+  window.forget = () => Object.assign(seen,
+    {since: Date.now() % day, last: -1, first: null, worst: 0});
+  window.forget();
   const look = () => {
     const rows = document.querySelectorAll("#chat .bot-row");
-    const text = document.querySelector("#live").textContent || rows[rows.length - 1]?.textContent;
+    const live = document.querySelector("#live").textContent.trim();
+    const text = live || rows[rows.length - 1]?.textContent;
     for (const [, index, stamp] of (text || "").slice(-6000).matchAll(/t(\\d+):(\\d{8})/g)) {
-      if (+index <= seen.last || +index > seen.last + 2000) continue;
+      if (+index <= seen.last || +stamp < seen.since) continue; // or of an earlier turn
       const now = Date.now();
       seen.first ??= now;
       seen.last = +index;
@@ -71,7 +75,7 @@ WATCH = """(day) => {
     {childList: true, subtree: true, characterData: true});
   document.addEventListener("keydown", () => { window.pressed = Date.now(); }, true);
 }"""
-RESET = "() => { Object.assign(window.seen, {last: -1, first: null, worst: 0}) }"
+FORGET = "() => { window.forget() }"
 
 
 @dataclass
@@ -149,7 +153,7 @@ class Bench:
         with self.page() as page:
             for number in range(REPEATS):
                 message = f"20 tokens at 100, {number}"
-                page.page.evaluate(RESET)
+                page.page.evaluate(FORGET)
                 page.send(message)
                 asked = self.server.when("asked", message) * 1000
                 page.wait_reply(number + 1, BOUND_S)
@@ -164,7 +168,7 @@ class Bench:
         figures = []
         with self.page() as page:
             for turn in range(1, self.args.turns + 1):
-                page.page.evaluate(RESET)
+                page.page.evaluate(FORGET)
                 page.send(f"{TOKENS} tokens at {RATE}")
                 used = renderer_seconds()
                 page.wait_reply(turn, BOUND_S)
