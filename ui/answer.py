@@ -13,6 +13,7 @@ import gradio as gr
 
 from backend.errors import UserError
 from ui.i18n import DEFAULT_LOCALE, catalogs, t
+from ui.sentences import error_text
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def sentence(error: BaseException, locale: str) -> str:
     """What a person is told; what only a programmer understands is logged."""
     if isinstance(error, UserError):
         key = f"error.code.{error.code}"
-        return t(key, locale) if key in catalogs()[DEFAULT_LOCALE] else str(error)
+        return t(key, locale) if key in catalogs()[DEFAULT_LOCALE] else error_text(error, locale)
     logger.error("An event of the page failed", exc_info=error)
     return t("error.internal", locale)
 

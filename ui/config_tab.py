@@ -23,7 +23,7 @@ from backend.workspace.editor import Draft, changes_of, digest, draft, save, und
 from backend.workspace.keys import ENGINE_KEYS, KEYS, Key
 from backend.workspace.settings import SettingsFile, model_s_own, rows, settings_of
 from ui import config_view, forms
-from ui.answer import sentence
+from ui.answer import sentence, warn
 from ui.i18n import label, locale_of, t
 
 MAIN = ("quant_policy", "kv_cache_dtype", "rope_scaling_factor", "use_logn_attn", "max_batch_size",
@@ -147,7 +147,7 @@ class ConfigTab:
             yield self._shown(file, locale)
             yield await self._meant(file, {}, locale)
         except UserError as error:
-            yield self._hidden(error)
+            yield self._hidden(error, locale)
 
     async def on_edit(self, form: Form, request: gr.Request) -> AsyncGenerator[Updates, None]:
         locale = locale_of(request)
@@ -155,7 +155,7 @@ class ConfigTab:
             file = self._file(form[self.model])
             made = draft(file, self._changes(file, form))
         except UserError as error:
-            yield {self.diff: config_view.problem_html(str(error)),
+            yield {self.diff: config_view.problem_html(sentence(error, locale)),
                    **self._buttons(None, may_save=False)}
             return
         yield {self.diff: config_view.diff_html(made.diff, locale),
@@ -187,7 +187,7 @@ class ConfigTab:
                 self.state: self._said("settings.undone", locale)}
             yield await self._meant(file, {}, locale)
         except UserError as error:
-            self._warn(error)
+            warn(error, locale)
 
     # What they have in common
 
@@ -217,7 +217,7 @@ class ConfigTab:
             file = self._file(form[self.model])
             made: Draft = save(file, self._changes(file, form), form[self.seen] or "none")
         except UserError as error:
-            self._warn(error)
+            warn(error, locale)
             return None
         return self._shown(file, locale) | {
             self.diff: config_view.diff_html(made.diff, locale),
@@ -244,8 +244,8 @@ class ConfigTab:
                 t("settings.replies_open", locale, count=error.count))}
             return
         except UserError as error:
-            self._warn(error)
-            yield {self.state: config_view.problem_html(str(error))}
+            warn(error, locale)
+            yield {self.state: config_view.problem_html(sentence(error, locale))}
             return
         file = self._file(form[self.model])
         yield self._shown(file, locale) | {self.state: self._said("settings.applied", locale)}
@@ -295,10 +295,11 @@ class ConfigTab:
             self.force: gr.update(visible=False),
         }
 
-    def _hidden(self, error: UserError) -> Updates:
+    def _hidden(self, error: UserError, locale: str) -> Updates:
         """No form, because the file cannot be used."""
         return {
-            self.about: config_view.problem_html(str(error)), self.memory: "", self.diff: "",
+            self.about: config_view.problem_html(sentence(error, locale)),
+            self.memory: "", self.diff: "",
             **{group: gr.update(visible=False) for group in self.groups.values()},
             **self._buttons(None, may_save=False),
         }
@@ -334,10 +335,6 @@ class ConfigTab:
     @staticmethod
     def _said(key: str, locale: str) -> str:
         return f'<p class="lmd-said" role="status">{escape(t(key, locale))}</p>'
-
-    @staticmethod
-    def _warn(error: UserError) -> None:
-        gr.Warning(escape(str(error)))
 
 
 def _kind(file: SettingsFile) -> str:

@@ -6,7 +6,6 @@ What is shown is files: any tab of any browser sees the same, and the same job r
 from __future__ import annotations
 
 import asyncio
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -16,6 +15,7 @@ from backend.guide import STEPS, Walk, measure_command
 from backend.jobs import Job
 from backend.services import Services
 from ui import guide_view
+from ui.answer import sentence, warn
 from ui.i18n import label, locale_of, t
 
 Updates = dict[Any, Any]
@@ -88,7 +88,7 @@ class GuideTab:
         try:
             return await asyncio.to_thread(self._shown, model, step, locale_of(request))
         except UserError as error:
-            return {self.progress: guide_view.problem(str(error)),
+            return {self.progress: guide_view.problem(sentence(error, locale_of(request))),
                     self.timer: gr.update(active=False)}
 
     async def on_measure(self, model: str, step: str, request: gr.Request) -> Updates:
@@ -104,7 +104,7 @@ class GuideTab:
                 details = {"model": walk.model, "step": step}
                 await asyncio.to_thread(self.jobs.start, argv, title, KIND, details=details)
         except UserError as error:
-            gr.Warning(escape(str(error)))
+            warn(error, locale_of(request))
             return {}
         return await self.on_show(model, step, request)
 
@@ -114,7 +114,7 @@ class GuideTab:
             if job is not None and self.jobs is not None:
                 await asyncio.to_thread(self.jobs.cancel, job.id)
         except UserError as error:
-            gr.Warning(escape(str(error)))
+            warn(error, locale_of(request))
         return await self.on_show(model, step, request)
 
     async def on_good(self, model: str, step: str, request: gr.Request) -> Updates:
@@ -131,7 +131,7 @@ class GuideTab:
                 raise UserError(t("guide.measure_first", locale_of(request)))
             walk.judge(step, good)
         except UserError as error:
-            gr.Warning(escape(str(error)))
+            warn(error, locale_of(request))
             return {}
         steps = list(STEPS)
         at = min(max(steps.index(step) + (1 if good else -1), 0), len(steps) - 1)

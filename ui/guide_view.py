@@ -10,6 +10,7 @@ from backend.job_events import JobProgress
 from backend.jobs import Job
 from ui.config_view import gigabytes, problem_html as problem, rounded
 from ui.i18n import t
+from ui.sentences import told
 
 __all__ = ["about", "figures", "problem", "progress", "replies", "result"]
 
@@ -31,8 +32,7 @@ def progress(job: Job | None, found: JobProgress | None, command: str, locale: s
                 f'<progress max="1" value="{found.share:.3f}"></progress>{line}')
     if job.state == "finished":
         return line
-    told = found.error or {}
-    words = f"{told.get('message', '')} {told.get('hint', '')}".strip()
+    words = told(found.error or {}, locale)
     return problem(words or t("guide.ended", locale, state=job.state)) + line
 
 

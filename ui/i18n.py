@@ -18,17 +18,18 @@ from gradio.i18n import I18nData
 
 LOCALES = Path(__file__).resolve().parent.parent / "assets" / "locales"
 DEFAULT_LOCALE = "en"
+ERRORS = "errors.json"  # of a locale: the backend's sentences, see ui/sentences.py
 LANGUAGE_COOKIE = "lmdesk_language"
 SCRIPT_PREFIX = "script."  # keys that assets/ui/page.js draws
 
 
 @cache
 def catalogs() -> dict[str, dict[str, str]]:
-    """Locale ("en", "zh-CN") -> key -> text, of all files of the locale's folder."""
+    """Locale ("en", "zh-CN") -> key -> text, of all files of the locale's folder but `ERRORS`."""
     return {
         folder.name: {
             key: text
-            for path in sorted(folder.glob("*.json"))
+            for path in sorted(folder.glob("*.json")) if path.name != ERRORS
             for key, text in json.loads(path.read_text(encoding="utf-8")).items()
         }
         for folder in sorted(LOCALES.iterdir())

@@ -11,6 +11,7 @@ from backend.job_events import JobProgress
 from backend.jobs import Job
 from ui.benchmark_view import benchmark_html
 from ui.i18n import t
+from ui.sentences import told, translated
 
 BARS = 96  # of the plot, at most; neighbours of longer models share one
 
@@ -24,12 +25,12 @@ def job_html(job: Job, progress: JobProgress, log: str, locale: str) -> str:
         progress_html(job, progress, locale),
         plot_html(progress.losses, locale),
         benchmark_html(progress.benchmark, locale),
-        "".join(f'<p class="lmd-note">{escape(note)}</p>' for note in progress.notes[-4:]),
+        "".join(f'<p class="lmd-note">{escape(translated(note, locale))}</p>'
+                for note in progress.notes[-4:]),
         verdict_html(progress.result, locale),
     ]
     if error:
-        words = f"{error.get('message', '')} {error.get('hint', '')}".strip()
-        parts.append(problem_html(words))
+        parts.append(problem_html(told(error, locale)))
     elif job.state == "died":
         parts.append(problem_html(t("job.died", locale)))
     parts.append(command_html(job.command_line, locale))
@@ -106,7 +107,7 @@ def verdict_html(result: dict[str, Any] | None, locale: str) -> str:
         for i, prompt in enumerate(verdict["prompts"]))
     return (f'<section class="lmd-verdict" data-verdict="{word}">'
             f"<strong>{escape(t(f'verdict.{word}', locale))}</strong>"
-            f"<p>{escape(verdict['sentence'])}</p>"
+            f"<p>{escape(translated(verdict['sentence'], locale))}</p>"
             f"<table><thead><tr><th></th>{names}</tr></thead><tbody>{body}</tbody></table>"
             f'<details><summary>{escape(t("verdict.replies", locale))}</summary>'
             f"<dl>{replies}</dl></details></section>")
