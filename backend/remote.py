@@ -288,8 +288,9 @@ class RemoteChat:
         text, code = error_in(as_json(response))
         where = f"The api_server at {self.url}"
         if status in (401, 403):
-            verb = "does not accept the" if self.key() else "needs an"
-            return AuthError(f"{where} {verb} API key.", "Enter the key it was started with.")
+            return AuthError(f"{where} does not accept the API key." if self.key()
+                             else f"{where} needs an API key.",
+                             "Enter the key it was started with.")
         if status == 404:
             if response.request.method == "POST" and text and "model" in f"{code} {text}":
                 return ModelNotFoundError(f"{where} refuses: {text}", field="model")

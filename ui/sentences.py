@@ -18,6 +18,8 @@ from backend.errors import UserError
 from ui.i18n import DEFAULT_LOCALE, ERRORS, LOCALES, catalogs
 
 LONGEST = 4000  # characters that are looked at; a longer text is a listing, not a sentence
+WEAK = 24  # own characters; with fewer, "{key} is missing." fits sentences that are not ours
+QUOTATIONS = ("''", '""', "[]", "{}")  # first and last character
 FULL_STOPS = ("。", "！", "？")  # no blank follows these
 
 
@@ -68,7 +70,8 @@ class Template:
 
 @cache
 def templates(locale: str) -> tuple[Template, ...]:
-    """Of a locale, those with most words of their own first; none where there is no catalogue."""
+    """Of a locale, those with most words of their own first, and what has no end of its own last;
+    none where there is no catalogue."""
     path = LOCALES / locale / ERRORS
     if locale not in catalogs() or not path.is_file():
         return ()
@@ -76,7 +79,7 @@ def templates(locale: str) -> tuple[Template, ...]:
            if key.startswith("error.")}  # said before anybody knew for whom
     known: Mapping[str, str] = own | json.loads(path.read_text(encoding="utf-8"))
     found = [Template.of(english, translation) for english, translation in known.items()]
-    return tuple(sorted(found, key=lambda template: -template.length))
+    return tuple(sorted(found, key=lambda template: (not template.pieces[-1], -template.length)))
 
 
 def translated(text: str, locale: str) -> str:
@@ -86,7 +89,7 @@ def translated(text: str, locale: str) -> str:
     """
     if not text or len(text) > LONGEST or not templates(locale):
         return text
-    for border in re.finditer(r"(?<=\.) ", text):
+    for border in re.finditer(r"(?<=[.?]) ", text):
         parts = [_known(part, locale) for part in (text[:border.start()], text[border.end():])]
         if None not in parts:
             return joined(*map(str, parts))
@@ -112,6 +115,19 @@ def _known(text: str, locale: str) -> str | None:
     for template in templates(locale):
         values = template.match(text)
         if values is not None:
-            return template.translation.format(
-                **{name: translated(value, locale) for name, value in values.items()})
+            said = {name: translated(value, locale) for name, value in values.items()}
+            if not _swallows(template, values, said):
+                return template.translation.format(**said)
     return None
+
+
+def _swallows(template: Template, values: Mapping[str, str], said: Mapping[str, str]) -> bool:
+    """Whether a weak template has taken another sentence's words for values.
+
+    Values are names, numbers, lists and quotations, or known sentences; behind a colon, anything.
+    """
+    weak = not template.pieces[0] and template.length < WEAK
+    return (weak or not template.pieces[-1]) and any(
+        not before.endswith(": ") and value == said[name] and " " in value.replace(", ", ",")
+        and value[0] + value[-1] not in QUOTATIONS
+        for before, name in zip(template.pieces, template.names) for value in [values[name]])

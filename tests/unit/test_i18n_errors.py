@@ -128,6 +128,16 @@ def test_odd_values_are_kept(values: str) -> None:
     assert translated(f"There is no model {values}.", ZH) == f"没有模型 {values}。"
 
 
+@pytest.mark.parametrize("text", [
+    "A prompt that nobody wrote is missing.",
+    "x was read as an API key.",
+    "m.bin holds x in a form that is not supported.",
+    "The weather must be fine, not bad or worse.",
+])
+def test_a_weak_template_does_not_swallow_another_sentence(text: str) -> None:
+    assert translated(text, ZH) == text
+
+
 def test_what_is_unknown_and_what_has_no_catalogue_stays_english() -> None:
     assert translated("A sentence that nobody wrote.", ZH) == "A sentence that nobody wrote."
     assert translated("No model is loaded.", "en") == "No model is loaded."
@@ -163,6 +173,23 @@ def test_a_sentence_in_a_sentence() -> None:
     assert translated(text, ZH) == "无法使用对话历史：没有应答。"
 
 
+@pytest.mark.parametrize(("english", "chinese"), [
+    ("The api_server at http://x:1 needs an API key. Enter the key it was started with.",
+     "http://x:1 的 api_server 需要 API 密钥。请输入启动它时设置的密钥。"),
+    ("One block of this model needs about 2.0 GB of memory, and the GPU has 1.0 GB free.",
+     "这个模型的一个块约需 2.0 GB 内存，而 GPU 只有 1.0 GB 可用。"),
+    ("huggingface.co has no such model, or it is private and needs a token.",
+     "huggingface.co 上没有这个模型，或者它是私有的，需要令牌。"),
+    ("huggingface.co cannot be used now: it answered with status 503.",
+     "暂时无法使用 huggingface.co：应答的状态码为 503。"),
+    ("c4 cannot be had here: https://h does not answer (refused). Calibrated on the bundled "
+     "English and Chinese text instead.",
+     "在这里无法取得 c4：https://h 没有应答（refused）。改用自带的中英文文本校准。"),
+])
+def test_whole_sentences(english: str, chinese: str) -> None:
+    assert translated(english, ZH) == chinese
+
+
 def test_strangers_texts_take_no_long() -> None:
     began = time.monotonic()
     for text in (" of memory, and" * 300, "{name} must be , not " * 200, ". " * 1999):
@@ -193,7 +220,7 @@ def test_a_job_in_chinese(loss: float | None, words: str) -> None:
         "message": "The folder /x exists already.", "hint": "Choose another --work-dir."})
     shown = job_view.job_html(job, progress, "", ZH)
     assert words in shown
-    assert "已用 x.txt 校准。只读取了开头 16 MiB。" in shown
+    assert "校准文本：x.txt。只读取了开头 16 MiB。" in shown
     assert "文件夹 /x 已存在。请换一个 --work-dir。" in shown
     english = job_view.job_html(job, progress, "", "en")
     assert note in english and "The folder /x exists already. Choose another" in english
