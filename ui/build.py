@@ -28,6 +28,7 @@ from ui.language import ChosenLanguage
 from ui.owner import OwnerCookie
 from ui.quantize_tab import QuantizeTab
 from ui.roles import Page, StudentRoutes
+from ui.sentences import SENTENCE, in_words
 from ui.status_bar import StatusBar
 
 
@@ -147,6 +148,7 @@ def mount_page(app: FastAPI, services: Services, root_path: str = "") -> FastAPI
     instance = services.history.instance
     app.add_middleware(OwnerCookie, instance=instance)
     app.add_middleware(ChosenLanguage)
+    app.add_api_route(SENTENCE, in_words, methods=["GET"], include_in_schema=False)
     return gr.mount_gradio_app(
         app,
         build_ui(services),

@@ -12,12 +12,19 @@ import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from itertools import islice
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 
 from backend.errors import UserError
-from ui.i18n import DEFAULT_LOCALE, ERRORS, LOCALES, catalogs
+from ui.i18n import DEFAULT_LOCALE, ERRORS, LOCALES, catalogs, locale_of
 
-LONGEST = 4000  # characters that are looked at; a longer text is a listing, not a sentence
+SENTENCE = "/page/sentence"  # see page.js
+DEPTH = 3  # of sentences in sentences
+MOST_SENTENCES = 8  # in a row, of which the first may be the message
+LONGEST = 2000  # characters that are looked at; a longer text is a listing, not a sentence
 WEAK = 24  # own characters; with fewer, "{key} is missing." fits sentences that are not ours
 QUOTATIONS = ("''", '""', "[]", "{}")  # first and last character
 FULL_STOPS = ("。", "！", "？")  # no blank follows these
@@ -82,18 +89,20 @@ def templates(locale: str) -> tuple[Template, ...]:
     return tuple(sorted(found, key=lambda template: (not template.pieces[-1], -template.length)))
 
 
-def translated(text: str, locale: str) -> str:
+@lru_cache(maxsize=4096)
+def translated(text: str, locale: str, depth: int = DEPTH) -> str:
     """`text`, a sentence of the backend or a message and its hint, in `locale` if it is known.
 
     Values are translated too: a sentence may quote another.
     """
     if not text or len(text) > LONGEST or not templates(locale):
         return text
-    for border in re.finditer(r"(?<=[.?]) ", text):
-        parts = [_known(part, locale) for part in (text[:border.start()], text[border.end():])]
+    for border in islice(re.finditer(r"(?<=[.?]) ", text), MOST_SENTENCES):
+        sentences = text[:border.start()], text[border.end():]
+        parts = [_known(part, locale, depth) for part in sentences]
         if None not in parts:
             return joined(*map(str, parts))
-    return _known(text, locale) or text
+    return _known(text, locale, depth) or text
 
 
 def error_text(error: UserError, locale: str) -> str:
@@ -106,16 +115,23 @@ def told(words: Mapping[str, str], locale: str) -> str:
     return error_text(UserError(words.get("message", ""), words.get("hint", "")), locale)
 
 
+def in_words(request: Request) -> Response:
+    """The page's own route for its status bar, which gets English from the API."""
+    text = request.query_params.get("text", "")
+    return PlainTextResponse(translated(text, locale_of(request)))
+
+
 def joined(message: str, hint: str) -> str:
     """Two sentences in a row."""
     return f"{message}{'' if message.endswith(FULL_STOPS) else ' '}{hint}".strip()
 
 
-def _known(text: str, locale: str) -> str | None:
+def _known(text: str, locale: str, depth: int) -> str | None:
     for template in templates(locale):
         values = template.match(text)
         if values is not None:
-            said = {name: translated(value, locale) for name, value in values.items()}
+            said = {name: translated(value, locale, depth - 1) if depth else value
+                    for name, value in values.items()}
             if not _swallows(template, values, said):
                 return template.translation.format(**said)
     return None

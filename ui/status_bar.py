@@ -3,7 +3,8 @@
 The device's memory is a strip of whose it is; opened, by mouse or keyboard, it is a list of them.
 
 Its figures are fetched by the page's script as plain JSON from /api/status every two seconds: a
-timer of Gradio's costs the server ten times as much, for every open page.
+timer of Gradio's costs the server ten times as much, for every open page. Its one
+sentence comes in English; ui/sentences.py has it in others.
 """
 
 from __future__ import annotations

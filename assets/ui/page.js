@@ -61,12 +61,28 @@
     element.classList.toggle("lmd-has-share", share !== "");
   };
 
+  const root = () => (window.gradio_config?.root || location.origin + location.pathname)
+    .replace(/\/+$/, "");
+
+  // The API's sentences are English. Ours is asked for once, and there when the bar is next drawn.
+  const known = {};
+  const inWords = (sentence) => {
+    if (!sentence || locale === desk.fallback) return sentence;
+    if (!(sentence in known)) {
+      known[sentence] = sentence;
+      fetch(`${root()}/page/sentence?text=${encodeURIComponent(sentence)}`)
+        .then(async (answer) => { if (answer.ok) known[sentence] = await answer.text(); })
+        .catch(() => delete known[sentence]);
+    }
+    return known[sentence];
+  };
+
   const showStatus = (status) => {
     gauge("model", status.model || "", "");
     gauge("state", text(`state.${status.state}`), "");
     gauge("paused", status.paused ? text("paused") : "", "", text("paused_hint"));
-    gauge("detail", status.state === "unloaded" ? "" : status.detail || "", "",
-      status.detail || "");
+    const detail = inWords(status.detail || "");
+    gauge("detail", status.state === "unloaded" ? "" : detail, "", detail);
     const state = document.querySelector('#status-bar [data-status="state"]');
     if (state) state.dataset.state = status.state;
     const { info, stats, memory } = status;
@@ -136,10 +152,8 @@
       showStatus(target);
       return;
     }
-    const root = (window.gradio_config?.root || location.origin + location.pathname)
-      .replace(/\/+$/, "");
     try {
-      const answer = await fetch(`${root}/api/status`, { cache: "no-store" });
+      const answer = await fetch(`${root()}/api/status`, { cache: "no-store" });
       if (answer.status === 401) showStatus({ state: "denied" });
       else if (answer.ok) showStatus(await answer.json());
       else showStatus({ state: "offline" });

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 from playwright.sync_api import expect
 
+from backend.chat import ServiceStatus
 from backend.services import Services
 from tests.e2e.chat_page import ChatPage
 from tests.e2e.fake_chat import FakeChat, serve
@@ -21,6 +22,23 @@ ON_TOP = """row => {
         x => row.contains(document.elementFromPoint(left + x, top + height / 2)));
 }"""
 CHINESE = "权重 2.0 GB, KV Cache 使用中 512 MB"
+
+
+class Failed(FakeChat):
+    """A model that could not be loaded."""
+
+    async def status(self) -> ServiceStatus:
+        return ServiceStatus("failed", "m", "The weights are damaged. Download the model again.")
+
+
+def test_why_a_model_failed_is_said_in_the_readers_language(
+    new_page: Callable[..., ChatPage]
+) -> None:
+    with serve(Services(Failed())) as url:
+        chat = new_page(url, locale="zh-CN")
+        detail = chat.page.locator("#status-bar .lmd-detail")
+        expect(detail).to_have_text("权重已损坏。请重新下载模型。", timeout=60_000)
+        assert chat.problems == [] == chat.foreign_requests()
 
 
 @pytest.mark.parametrize(("name", "screen", "words"), [
