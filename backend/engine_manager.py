@@ -266,8 +266,8 @@ class EngineManager:
         except UserError as error:
             logger.warning("%s cannot be served again: %s", settings.model, error)
             return
-        self.notice = (f"{service.model_name} could not be loaded: {reason} "
-                       f"{before.model_name} is served again.")
+        self.notice = " ".join((f"{service.model_name} could not be loaded: {reason}",
+                                f"{before.model_name} is served again."))
 
 
 def open_chat(request: LoadRequest, launch: Callable[[], Handle] = ProcessHandle) -> ChatService:

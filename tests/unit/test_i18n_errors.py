@@ -176,6 +176,9 @@ def test_a_sentence_in_a_sentence() -> None:
 @pytest.mark.parametrize(("english", "chinese"), [
     ("The api_server at http://x:1 needs an API key. Enter the key it was started with.",
      "http://x:1 的 api_server 需要 API 密钥。请输入启动它时设置的密钥。"),
+    ("new could not be loaded: The weights are damaged. Download the model again. old is served "
+     "again.",
+     "new 加载失败：权重已损坏。请重新下载模型。已恢复服务 old。"),
     ("One block of this model needs about 2.0 GB of memory, and the GPU has 1.0 GB free.",
      "这个模型的一个块约需 2.0 GB 内存，而 GPU 只有 1.0 GB 可用。"),
     ("huggingface.co has no such model, or it is private and needs a token.",
