@@ -200,8 +200,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, session_len: int, context: BuildContext) -> None:
         super().__init__()
         self.config = config
-        self.num_heads = context.parallel.divide(config.num_heads, "attention heads")
         self.num_kv_heads = kv_heads_per_rank(config.num_kv_heads, context.parallel)
+        self.num_heads = context.parallel.divide(config.num_heads, "attention heads")
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, "model.embed_tokens", context
         )

@@ -77,7 +77,7 @@ def test_every_tab_in_chinese_on_a_phone(
 ) -> None:
     phone = new_page(start().url, viewport={"width": 390, "height": 844}, locale="zh-CN")
     reader = NewUser(phone)
-    for entry in TABS:
+    for entry in (tab for tab in TABS if not tab.for_class):
         reader.open(entry.id)
         assert phone.page.evaluate("document.documentElement.scrollWidth") <= 390, entry.id
         assert untranslated(phone.page) == [], entry.id

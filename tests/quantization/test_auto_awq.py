@@ -174,8 +174,8 @@ def test_memory_that_ends_in_the_middle_of_a_batch_changes_nothing(tmp_path, tin
     expected = digests(run_tiny(tiny, tmp_path / "expected", batch_size=2).publish())
     original = BlockModel.run
 
-    def run_small(self, block, hidden):
-        output = original(self, block, hidden)  # its inputs have been observed
+    def run_small(self, block, hidden, lengths=None):
+        output = original(self, block, hidden, lengths)  # its inputs have been observed
         if len(hidden) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return output

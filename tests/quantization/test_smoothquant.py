@@ -256,8 +256,8 @@ def test_memory_that_does_not_hold_a_batch(source, tmp_path, monkeypatch, capsys
     whole = tensors_of(job(source, tmp_path / "whole").publish())
     run, failed = BlockModel.run, []
 
-    def run_two_at_most(model, block, hidden):
-        result = run(model, block, hidden[:1])
+    def run_two_at_most(model, block, hidden, lengths=None):
+        result = run(model, block, hidden[:1], None if lengths is None else lengths[:1])
         if len(hidden) > 1:
             failed.append(len(hidden))
             raise torch.OutOfMemoryError

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.responses import PlainTextResponse
 
 from backend.chat import ServiceStatus
+from backend.classroom import Classroom
 from backend.config import SamplingParams, ServerConfig
 from backend.server.api import base_app
 from backend.server.docs import api_page
@@ -102,7 +103,7 @@ class Remote:
 
 def test_the_application_over_a_remote_server():
     remote, trouble = Remote(), ["The remote server does not answer."]
-    app = base_app(remote, ServerConfig(), lambda: trouble[0])  # type: ignore[arg-type]
+    app = base_app(remote, ServerConfig(), Classroom(), lambda: trouble[0])  # type: ignore[arg-type]
     app.mount("/", PlainTextResponse("the page"))
 
     async def test() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from backend.classroom import Classroom
 from backend.config import EngineConfig, SamplingParams, ServerConfig
 from backend.engine.engine import Engine
 from backend.engine.inline import ThreadHandle
@@ -252,7 +253,7 @@ def test_two_changes_at_a_time_are_one_too_many(other: Path):
 def test_the_api_serves_what_is_loaded(other: Path):
     async def test():
         manager = new_manager()
-        app = create_app(manager, ServerConfig())
+        app = create_app(manager, ServerConfig(), Classroom())
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
             await manager.start()
