@@ -279,11 +279,11 @@ class ChatTab:
         return self.remote.backend(form, request) if self.remote and form else self.services.chat
 
     async def now(self, form: Form, request: gr.Request) -> Updates:
-        """The tab as it should look now: the notice stays until it is answered."""
-        shown = await self.shown(
+        """The tab as it should look now, but for the notice, which whoever answers it hides: it may
+        have been asked since this event began."""
+        return await self.shown(
             await self.open(form, request), form, request, form[self.list.search],
             form[self.list.shown])
-        return shown if form[self.asked] else {**shown, **self.notice.hidden()}
 
     async def shown(
         self, conversation: Conversation, form: Form | None, request: gr.Request, search: str,
