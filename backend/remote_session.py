@@ -141,18 +141,14 @@ class RemoteSession:
 
     def _piece(self, line: str) -> tuple[str, int, str | None]:
         """(text, tokens so far, why it ended) of a line of the reply."""
-        try:
-            data = json.loads(line)
-            text, tokens, reason = data["text"], data["tokens"], data["finish_reason"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            text = tokens = reason = None
-        if not isinstance(text, str) or type(tokens) is not int:
+        found = reply_line(line)
+        if found is None:
             raise RemoteError(f"The api_server at {self.backend.url} sent something that is no "
                               "reply.", "Check the URL.")
+        text, tokens, reason, told = found
         if reason == "error":
-            told = error_in(data)[0] or ""
             raise RemoteError(f"The api_server at {self.backend.url} failed: {told}")
-        return printable(text), tokens, reason if isinstance(reason, str) else None
+        return printable(text), tokens, reason
 
     async def _cancel(self) -> None:
         try:
@@ -164,3 +160,17 @@ class RemoteSession:
         async with self.backend.post_for_lines(PATH, {"session_id": self._number, **body}) as lines:
             async for _ in lines:
                 pass
+
+
+def reply_line(line: str | bytes) -> tuple[str, int, str | None, str] | None:
+    """(text, tokens so far, why it ended, what went wrong) of a line of /v1/chat/interactive's
+    reply; None if it is no such line."""
+    try:
+        data = json.loads(line)
+        text, tokens, reason = data["text"], data["tokens"], data["finish_reason"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(text, str) or type(tokens) is not int:
+        return None
+    told = error_in(data)[0] or "" if reason == "error" else ""
+    return text, tokens, reason if isinstance(reason, str) else None, told

@@ -291,9 +291,10 @@ class ChatTab:
     ) -> Updates:
         """The tab with the conversation's turns, beside the owner's others."""
         locale = locale_of(request)
+        backend = self.backend(form, request)  # may raise: before anything has begun
         listed, use = await asyncio.gather(
             self.list.updates(conversation.owner, conversation.id, search, count),
-            self._use(self.backend(form, request), conversation.messages_now()))
+            self._use(backend, conversation.messages_now()))
         return {
             **self.thread.now(conversation, locale),
             **self._buttons(conversation),

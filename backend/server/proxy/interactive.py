@@ -17,6 +17,7 @@ from backend.chat import Message
 from backend.classroom import Caller
 from backend.errors import ContextLengthError, RemoteError, UserError
 from backend.remote import error_in
+from backend.remote_session import reply_line
 from backend.server.interactive import piece
 from backend.server.lmdeploy_protocol import NO_SESSION, InteractiveRequest
 from backend.server.proxy.nodes import Work
@@ -94,16 +95,13 @@ def _piece(line: bytes) -> dict[str, Any]:
     Raises:
         RemoteError: it is none, or an error.
     """
-    try:
-        data = json.loads(line)
-        text, tokens, reason = data["text"], data["tokens"], data["finish_reason"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = tokens = reason = None
-    if not isinstance(text, str) or type(tokens) is not int:
+    found = reply_line(line)
+    if found is None:
         raise RemoteError("The node sent something that is no reply.")
+    text, tokens, reason, told = found
     if reason == "error":
-        raise RemoteError(f"The node failed: {error_in(data)[0] or ''}")
-    return piece(text, tokens, reason if isinstance(reason, str) else None)
+        raise RemoteError(f"The node failed: {told}")
+    return piece(text, tokens, reason)
 
 
 def _refusal(answer: Answer) -> UserError:
