@@ -58,7 +58,9 @@ class RunningProxy:
         self.server.should_exit = True
         self._thread.join(30)
 
-    def http(self, key: str = CLIENT, timeout: float = 60.0) -> httpx.Client:
+    def http(
+        self, key: str = CLIENT, timeout: float | httpx.Timeout = 60.0
+    ) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=timeout, verify=False,
                             headers={"Authorization": f"Bearer {key}"})
 

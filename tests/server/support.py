@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +35,7 @@ from backend.server.api import create_app
 from backend.server.sessions import Sessions
 from backend.tokenizer import Tokenizer
 from backend.tokenizer.json_codec import JsonCodec
+from tests.app_process import BOUND_S
 from tests.fake_model import FakeRunner, fake_info
 
 EOS = 257
@@ -171,16 +173,15 @@ class Served:
 
     def run(self, work: Callable[[], Awaitable[Any]]) -> Any:
         """Run in the server's own loop."""
-        return asyncio.run_coroutine_threadsafe(work(), self.loop).result(60)
+        return asyncio.run_coroutine_threadsafe(work(), self.loop).result(2 * BOUND_S)
 
     def eventually(self, condition: Callable[[], bool]) -> None:
         """Wait, within bounds, for what other threads bring about."""
         async def work() -> None:
-            for _ in range(3000):
-                if condition():
-                    return
+            deadline = time.monotonic() + BOUND_S
+            while not condition():
+                assert time.monotonic() < deadline, "it did not come about"
                 await asyncio.sleep(0.01)
-            raise AssertionError("it did not come about")
         self.run(work)
 
     def assert_all_ended(self) -> None:

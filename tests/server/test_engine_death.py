@@ -24,7 +24,7 @@ COMMAND = (sys.executable, "-m", "tests.fake_worker", "0.005")
 # 96 of 144 requests run, the others wait for a place.
 ENGINE = EngineConfig("fake", max_batch_size=96, session_len=1 << 20, cache_max_entry_count=1 << 16)
 STREAMED, WHOLE, OFFICIAL = 96, 32, 16
-BOUND_S = 10.0  # well above the aim of 1 s: the machine may be busy
+BOUND_S = 60.0  # far above the aim of 1 s: the machine may be busy
 
 
 class Launcher:

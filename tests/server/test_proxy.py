@@ -69,7 +69,8 @@ def test_a_client_that_goes_ends_the_work_of_the_node(proxy: RunningProxy, serve
         next(reply.iter_bytes())
         assert served.engine._streams and proxy.node(served.url).unfinished == 1
     served.assert_all_ended()
-    with proxy.http(timeout=0.5) as http, pytest.raises(httpx.TimeoutException):
+    patience = httpx.Timeout(60, read=0.5)
+    with proxy.http(timeout=patience) as http, pytest.raises(httpx.ReadTimeout):
         http.post(CHAT, json=body | {"stream": False})
     served.assert_all_ended()
     assert not proxy.node(served.url).latencies

@@ -19,7 +19,7 @@ from backend.config import ServerConfig
 from backend.errors import AuthError, RemoteError, UserError
 from backend.server.proxy import membership
 from backend.server.proxy.membership import Membership, reachable_url
-from tests.app_process import AppProcess, until
+from tests.app_process import BOUND_S, AppProcess, until
 from tests.server.proxy_support import ADMIN, CLIENT, RunningProxy
 from tests.server.support import NAME, Served, serve
 from tests.stand_in import StandIn
@@ -35,6 +35,7 @@ async def eventually(condition) -> None:
 
 def test_it_joins_comes_back_and_leaves(proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(membership, "CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(membership, "LEAVE_SECONDS", BOUND_S)
     with serve(api_keys=("key-of-the-node",)) as node:
         async def story() -> None:
             member = Membership(proxy.url, ADMIN, node.config_with_port())
@@ -66,6 +67,7 @@ def test_a_proxy_that_was_away_is_joined_again(proxy: RunningProxy, served: Serv
                                                monkeypatch: pytest.MonkeyPatch,
                                                caplog: pytest.LogCaptureFixture):
     monkeypatch.setattr(membership, "CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(membership, "LEAVE_SECONDS", BOUND_S)
 
     async def story() -> None:
         member = Membership(proxy.url, ADMIN, served.config_with_port())

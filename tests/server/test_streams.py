@@ -62,7 +62,7 @@ def test_bodies_that_do_not_arrive(served: Served, monkeypatch, caplog):
     monkeypatch.setattr(body_module, "READ_SECONDS", 0.1)
     with socket.create_connection(("127.0.0.1", served.port)) as connection:
         connection.sendall(head)  # and wait
-        connection.settimeout(30)
+        connection.settimeout(60)
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
     assert "Internal error" not in caplog.text
     served.assert_all_ended()
@@ -70,7 +70,7 @@ def test_bodies_that_do_not_arrive(served: Served, monkeypatch, caplog):
 
 def test_leaving_a_reply_that_is_not_streamed_ends_the_work(served: Served):
     with served.http() as http, pytest.raises(httpx.ReadTimeout):
-        http.post(CHAT, json=body("endless", ignore_eos=True), timeout=0.2)
+        http.post(CHAT, json=body("endless", ignore_eos=True), timeout=httpx.Timeout(60, read=0.2))
     served.assert_all_ended()
 
 
