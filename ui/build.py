@@ -35,7 +35,7 @@ from ui.status_bar import StatusBar
 class Tab(Protocol):
     """What every tab's class is."""
 
-    def wire_load(self, page: gr.Blocks) -> None:
+    def wire_load(self, page: Page) -> None:
         """Add the tab's part of opening or reloading the page."""
 
 
@@ -92,6 +92,10 @@ def build_ui(services: Services) -> Page:
             if in_class:
                 _show_to_hosts(page, [*bar.for_hosts, *for_hosts])
     page.max_threads = MAX_EVENTS
+    # No event of ours shows Gradio's progress. Unless told so, its script tells every output of
+    # every event that has run of each step of any event: 0.6 s of a browser's time a reply.
+    for event in page.fns.values():
+        event.show_progress_on = []
     # Gradio's own default is one event at a time, one student at a time.
     page.queue(default_concurrency_limit=None, max_size=None, api_open=False)
     return page
@@ -148,10 +152,13 @@ def mount_page(app: FastAPI, services: Services, root_path: str = "") -> FastAPI
     instance = services.history.instance
     app.add_middleware(OwnerCookie, instance=instance)
     app.add_middleware(ChosenLanguage)
-    app.add_api_route(SENTENCE, in_words, methods=["GET"], include_in_schema=False)
+    page = build_ui(services)
+    for path, endpoint in {SENTENCE: in_words, **page.routes}.items():
+        app.add_api_route(path, endpoint, methods=["GET"], include_in_schema=False,
+                          response_model=None)
     return gr.mount_gradio_app(
         app,
-        build_ui(services),
+        page,
         path="/",
         app_kwargs={"middleware": [Middleware(StudentRoutes)]},
         root_path=root_path or None,

@@ -23,19 +23,13 @@ EVENT: dict[str, Any] = {
 
 
 class ChatActions:
-    """Wires the chat tab's parts beside the thread.
+    """Wires the chat tab's parts beside the thread."""
 
-    Args:
-        drawn: events that draw a reply. They end when another chat is opened; the reply goes on,
-            for the time of grace.
-    """
-
-    def __init__(self, tab: ChatTab, drawn: list[Any]) -> None:
+    def __init__(self, tab: ChatTab) -> None:
         self.tab = tab
         self.version = gr.Number(visible=False, precision=0)
         # Pressed by the page's script, which draws the versions' buttons under the replies.
         self.pick = gr.Button(label("chat.version"), elem_id="pick-version")
-        self.drawn = list(drawn)
         self.opened = [
             tab.conversation_id, *tab.settings.fields, tab.settings.presets.choice, *tab.outputs]
         self._wire_chats()
@@ -50,9 +44,9 @@ class ChatActions:
         tab = self.tab
         inputs = [first, *tab.list.inputs, tab.tools.origin]
         script = f"(first, search, shown) => [{js}, search, shown, window.LMDESK.origin()]"
-        opened = listener(
-            self.on_open, inputs, [*self.opened, tab.tools.origin], js=script, **EVENT)
-        self.drawn.append(tab.draws(opened))
+        listener(
+            self.on_open, inputs, [*self.opened, tab.tools.origin], js=script, **EVENT,
+        ).then(**tab.give_back).then(None, js="() => window.LMDESK.opened()")
 
     def _wire_chats(self) -> None:
         tab = self.tab
@@ -82,9 +76,6 @@ class ChatActions:
     def wire_load(self, page: gr.Blocks) -> None:
         """Show the browser tab's conversation when the page is opened."""
         self._opens(page.load, self.tab.conversation_id, "window.LMDESK.conversationId()")
-        chats, tab = self.tab.list, self.tab
-        gr.on([chats.chats.input, chats.new.click, tab.notice.new.click, tab.delete.click],
-              None, cancels=self.drawn)
 
     async def on_open(
         self, chat_id: str, search: str, shown: float, origin: str, request: gr.Request
@@ -99,7 +90,8 @@ class ChatActions:
             value=updates[tab.thread.chatbot],
             examples=[{"text": t(key, locale)} for key in EXAMPLES])
         return {
-            **updates, **tab.notice.hidden(), **presets, **tab.settings.of(conversation),
+            **updates, **tab.told(conversation, request), **tab.notice.hidden(), **presets,
+            **tab.settings.of(conversation),
             tab.conversation_id: chat_id, tab.tools.origin: origin, tab.asked: None,
         }
 

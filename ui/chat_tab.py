@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
@@ -17,14 +16,15 @@ from ui import answer, chat_view
 from ui.chat_actions import EVENT, ChatActions
 from ui.chat_list import ChatList
 from ui.chat_settings import ChatSettings
-from ui.chat_thread import ChatThread, Form, Frames, Updates
+from ui.chat_thread import ChatThread, Form, Updates
 from ui.chat_tools import ChatTools
 from ui.context_notice import ContextNotice, ContextUse, context_use, turns_to_drop
 from ui.conversations import Conversation, ConversationStore
 from ui.i18n import label, locale_of, t
 from ui.owner import owner_of
 from ui.remote_panel import RemotePanel
-from ui.roles import caller
+from ui.reply_stream import ReplyStream
+from ui.roles import Page, caller
 
 
 class ChatTab:
@@ -33,6 +33,7 @@ class ChatTab:
     def __init__(self, services: Services) -> None:
         self.services = services
         self.store = ConversationStore(services.history)
+        self.replies = ReplyStream(self.store, self._queue)
         with gr.Row(elem_id="chat-page"):
             self.list = ChatList(self.store)
             with gr.Column(scale=5, elem_id="chat-main"):
@@ -49,11 +50,11 @@ class ChatTab:
             *self.list.inputs, *self.settings.inputs,
             *(self.remote.inputs if self.remote else ()),
         }
-        # Few, for Gradio makes every output of an event anew that the event has no value for.
         self.begun = [
-            *self.thread.outputs, *self.notice.outputs, self.meter, self.box, self.returned,
+            *self.thread.turns, *self.notice.outputs, self.meter, self.box, self.returned,
             self.send, self.stop, self.resume, self.asked, self.going_on]
-        self.outputs = [*self.begun, *self.list.outputs, self.title, self.delete]
+        self.outputs = [
+            *self.begun, *self.thread.outputs[2:], *self.list.outputs, self.title, self.delete]
         self.for_hosts = [self.remote.server] if self.remote else []
         self._wire()
 
@@ -98,8 +99,10 @@ class ChatTab:
             "fn": None, "inputs": [self.box, self.returned], "outputs": [self.box],
             "js": "(box, returned) => box || returned"}
         chatbot, notice = self.thread.chatbot, self.notice
-        begin: dict[str, Any] = {"inputs": self.form, "outputs": self.begun, **EVENT}
-        drawn = [self.draws(event) for event in (
+        begin: dict[str, Any] = {
+            "inputs": self.form, "outputs": self.begun, **EVENT,
+            "js": "(...form) => { window.LMDESK.asking(); return form; }"}
+        for event in (
             gr.on([self.box.submit, self.send.click], self.on_send, **begin),
             chatbot.example_select(self.on_example, **begin),
             chatbot.retry(self.on_retry, **begin),
@@ -107,25 +110,19 @@ class ChatTab:
             self.resume.click(self.on_resume, **begin),
             notice.go_on.click(self.on_go_on, **begin),
             notice.drop.click(self.on_drop, **begin),
-        )]
+        ):
+            event.then(None, js="() => window.LMDESK.asked()")
+        self.thread.show.click(
+            self.on_show, self.form, self.outputs, trigger_mode="always_last", **EVENT,
+        ).then(**self.give_back)
         chatbot.undo(self.on_undo, self.form, self.outputs, **EVENT).then(**self.give_back)
         self.stop.click(self.on_stop, [self.conversation_id], [], queue=False, **EVENT)
         self.toggle.click(None, js="() => window.LMDESK.toggleChats()")
-        self.actions = ChatActions(self, drawn)
+        self.actions = ChatActions(self)
 
-    def draws(self, begun: Any) -> Any:
-        """After the event `begun`, draw the reply that is being written, if one is, and then what
-        has become of it; returns the event that draws."""
-        # Texts as they are: Gradio's postprocessing would be a thread's work for every output of
-        # every frame.
-        drawing = begun.then(
-            self.on_draw, [self.conversation_id], [*self.thread.live_outputs, self.returned],
-            postprocess=False, **EVENT)
-        drawing.then(self.on_show, self.form, self.outputs, **EVENT).then(**self.give_back)
-        return drawing
-
-    def wire_load(self, page: gr.Blocks) -> None:
+    def wire_load(self, page: Page) -> None:
         """Show the tab's conversation when the page is opened or reloaded."""
+        self.replies.wire(page)
         self.actions.wire_load(page)
         if self.remote:
             self.remote.wire_load(page)
@@ -225,26 +222,17 @@ class ChatTab:
 
     # Events that show one
 
-    async def on_draw(self, chat_id: str, request: gr.Request) -> Frames:
-        """Draw the reply that is being written as it grows; of one that failed, say why."""
-        locale = locale_of(request)
-        conversation = await self.store.open(self.owner(chat_id, request), chat_id)
-        pending = self.store.reply_of(conversation)
-        if pending is None:
-            yield {**self.thread.no_reply(), self.returned: ""}
-            return
-        with self.store.watching(pending):
-            async with aclosing(self.thread.frames(pending, locale, self._queue)) as frames:
-                async for frame in frames:
-                    yield {**frame, self.returned: ""}
-            await pending.settled.wait()
-        for error in pending.troubles():
-            self.warn(error, request)
-        yield {**self.thread.frame(pending.live.text),
-               self.returned: pending.unanswered}
-
     async def on_show(self, form: Form, request: gr.Request) -> Updates:
-        return await self.now(form, request)
+        """The tab after a reply; of one that failed, say why."""
+        ended = self.told(await self.open(form, request), request)
+        return {**await self.now(form, request), **ended}
+
+    def told(self, conversation: Conversation, request: gr.Request) -> Updates:
+        """Say why the last reply failed, if it did; a message without an answer goes back."""
+        failed = self.store.untold(conversation)
+        for error in failed.troubles() if failed else ():
+            self.warn(error, request)
+        return {self.returned: failed.unanswered if failed else ""}
 
     async def _queue(self) -> EngineStats | None:
         return None if self.remote else (await self.services.chat.status()).stats
@@ -297,6 +285,7 @@ class ChatTab:
             self._use(backend, conversation.messages_now()))
         return {
             **self.thread.now(conversation, locale),
+            **self.thread.no_reply(),
             **self._buttons(conversation),
             **listed,
             self.title: gr.update(

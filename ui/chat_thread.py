@@ -1,29 +1,21 @@
 """The thread: finished turns in a Chatbot, and the reply in the making in a Markdown below it.
 
 A Chatbot that is redrawn for every token falls seconds behind after a few turns; so the growing
-reply is drawn beside it, ten times a second.
+reply is drawn beside it, by the page's script (see ui/reply_stream.py).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import gradio as gr
 
-from backend.engine.types import EngineStats
-from backend.live_reply import LiveReply
 from ui import chat_view
-from ui.conversations import Conversation, Pending
+from ui.conversations import Conversation
 from ui.i18n import label
-
-FRAME_S = 0.1  # between two drawings of a growing reply
-HEARTBEAT_S = 0.5  # between two signs of life without text; they also find a closed tab out
 
 Form = dict[Any, Any]  # component -> value, as Gradio hands over a set of inputs
 Updates = dict[Any, Any]  # component -> new value
-Frames = AsyncGenerator[Updates, None]
 
 
 class ChatThread:
@@ -54,61 +46,26 @@ class ChatThread:
                 self.thoughts = self._markdown("live-thoughts")
             self.live = self._markdown("live")
             self.turn_stats = gr.HTML(elem_id="turn-stats", apply_default_css=False)
-        # A growing reply draws nothing else: see `ChatTab.begun`.
-        self.live_outputs = (self.thoughts, self.live)
-        self.outputs = (self.chatbot, *self.live_outputs, self.turn_stats)
+            # Both pressed by the page's script.
+            draw = gr.Button(label("chat.thread"), elem_id="draw-reply")
+            draw.click(None, None, [self.thoughts, self.live], js="() => window.LMDESK.reply")
+            self.show = gr.Button(label("chat.thread"), elem_id="show-reply")
+        self.turns = (self.chatbot, self.turn_stats)
+        self.outputs = (*self.turns, self.thoughts, self.live)
 
     def _markdown(self, elem_id: str) -> gr.Markdown:
         return gr.Markdown(
             elem_id=elem_id, line_breaks=True, latex_delimiters=chat_view.LATEX_DELIMITERS)
 
     def now(self, conversation: Conversation, locale: str) -> Updates:
-        """All finished turns, or those before the reply that is being written."""
+        """All finished turns; while a reply is being written, those before it, and its question."""
         pending = conversation.pending
-        if pending is None:
-            return {
-                self.chatbot: chat_view.chat_messages(conversation, locale),
-                **self.no_reply(),
-                self.turn_stats: chat_view.stats_html(conversation, locale),
-            }
+        shown = {"keep": pending.keep, "user": pending.user} if pending else {}
         return {
-            self.chatbot: chat_view.chat_messages(
-                conversation, locale, keep=pending.keep, user=pending.user),
-            **(self.frame(pending.live.text) if pending.live.text else
-               self._waiting(pending.live, None, locale)),
+            self.chatbot: chat_view.chat_messages(conversation, locale, **shown),
             self.turn_stats: chat_view.stats_html(conversation, locale),
         }
 
     def no_reply(self) -> Updates:
         """None is being written."""
         return {self.thoughts: "", self.live: ""}
-
-    def frame(self, text: str) -> Updates:
-        """What has come of a reply."""
-        thoughts, answer = chat_view.split_reasoning(text)
-        return {self.thoughts: thoughts, self.live: answer}
-
-    def _waiting(self, live: LiveReply, stats: EngineStats | None, locale: str) -> Updates:
-        seconds = time.monotonic() - live.started
-        return {self.thoughts: "", self.live: chat_view.waiting_html(seconds, stats, locale)}
-
-    async def frames(
-        self, pending: Pending, locale: str, queue: Callable[[], Awaitable[EngineStats | None]]
-    ) -> Frames:
-        """How the reply grows, until it ends.
-
-        Args:
-            queue: the engine's figures, asked while there is no text.
-        """
-        live, drawn, drawn_at = pending.live, "", 0.0
-        while not live.done:
-            if not live.text:
-                await live.wait_begun(HEARTBEAT_S)
-                if not live.text and not live.done:
-                    yield self._waiting(live, await queue(), locale)
-                continue
-            now = time.monotonic()
-            if live.text != drawn or now - drawn_at >= HEARTBEAT_S:
-                drawn, drawn_at = live.text, now
-                yield self.frame(drawn)
-            await live.wait(FRAME_S)

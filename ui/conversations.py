@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from backend.chat import Message
 from backend.errors import UserError
@@ -128,7 +129,10 @@ class ConversationStore:
         self.history = history
         self._sleep = sleep
         self._held: dict[tuple[str, str], Conversation] = {}
-        self._untold: dict[tuple[str, str], Pending] = {}  # ended with nobody looking, see reply_of
+        self._untold: dict[tuple[str, str], Pending] = {}  # they failed
+        # Of those who wait for a reply to begin; forgotten with the last of them.
+        self._coming: WeakValueDictionary[tuple[str, str], asyncio.Future[Pending]] = (
+            WeakValueDictionary())
 
     async def open(self, owner: str, chat_id: str) -> Conversation:
         """The owner's conversation of that id, a new one if there is none.
@@ -169,12 +173,20 @@ class ConversationStore:
         self._untold.pop(conversation.key, None)
         pending.leaving = asyncio.create_task(self._abandon(pending))  # until somebody looks
         pending.ending = asyncio.create_task(self._see_to_end(conversation, pending))
+        if (coming := self._coming.pop(conversation.key, None)) is not None:
+            coming.set_result(pending)
         return pending
 
-    def reply_of(self, conversation: Conversation) -> Pending | None:
-        """The reply that is being written, or else one that failed with nobody looking: that is
-        told once."""
-        return conversation.pending or self._untold.pop(conversation.key, None)
+    async def next_reply(self, conversation: Conversation, seconds: float) -> Pending | None:
+        """The reply that begins next; None if none does in that time."""
+        coming = self._coming.setdefault(
+            conversation.key, asyncio.get_running_loop().create_future())
+        await asyncio.wait({coming}, timeout=seconds)
+        return coming.result() if coming.done() else None
+
+    def untold(self, conversation: Conversation) -> Pending | None:
+        """The conversation's last reply, if it failed and nobody was told; told once."""
+        return self._untold.pop(conversation.key, None)
 
     def is_busy(self, conversation: Conversation) -> bool:
         """Whether a reply is being written to it, be it from another tab."""
@@ -221,7 +233,7 @@ class ConversationStore:
             pending.trouble = error
         finally:
             conversation.pending = None
-            if not pending.viewers and (pending.lost or pending.troubles()):
+            if pending.lost or pending.troubles():
                 self._untold[conversation.key] = pending
                 for key in list(self._untold)[:-MAX_UNSAVED]:
                     del self._untold[key]

@@ -8,7 +8,7 @@ guarded without knowing of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,10 +38,15 @@ def caller(request: gr.Request) -> Caller:
 
 
 class Page(gr.Blocks):
-    """gr.Blocks whose events a student may call only if they were wired in `open_to_students`."""
+    """gr.Blocks whose events a student may call only if they were wired in `open_to_students`.
+
+    Attributes:
+        routes: path -> endpoint of what the page asks for otherwise, by GET; students may, too.
+    """
 
     def __init__(self, **options: Any) -> None:
         self.student_events: set[int] = set()
+        self.routes: dict[str, Callable[..., Any]] = {}
         super().__init__(**options)
 
     @contextmanager

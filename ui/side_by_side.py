@@ -23,13 +23,14 @@ from backend.errors import UserError
 from backend.services import Services
 from ui import compare_view, forms
 from ui.answer import warn
-from ui.chat_thread import FRAME_S, HEARTBEAT_S
 from ui.chat_view import LATEX_DELIMITERS
 from ui.compare_target import SERVED, Form, TargetPicker
 from ui.compare_view import Record
 from ui.i18n import label, locale_of, t
+from ui.reply_stream import FRAME_S
 
 SAMPLING = {"temperature": 0.0, "max_tokens": 256, "seed": None}  # greedy: only the models differ
+HEARTBEAT_S = 0.5  # between two signs of life without text; they also find a closed tab out
 MAX_PROMPT = 200_000  # characters; the context is checked in tokens
 
 Updates = dict[Any, Any]

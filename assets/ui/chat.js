@@ -9,6 +9,7 @@
   const key = `lmdesk.${desk.instance}.conversation`;
   desk.openChat = (id) => {
     sessionStorage.setItem(key, id);
+    desk.unfollow();
     showChats(false);
     return id;
   };

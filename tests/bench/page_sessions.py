@@ -1,7 +1,7 @@
 """Open pages without a browser: what forty browsers say to the page's process, and what it costs.
 
-They speak as Gradio's own script does: an event is posted, its updates come as a stream, and what
-is wired after it is posted when it has ended; /api/status is polled every two seconds.
+They speak as the page's scripts do: an event is posted, and the reply's lines are read beside it;
+what is wired after the event is posted when it has ended; /api/status is polled every two seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import httpx
 import psutil
 
 POLL_S = 2.0
-UPDATES = ("process_generating", "process_completed")
 
 
 @dataclass
@@ -27,24 +26,32 @@ class PageSession:
     http: httpx.AsyncClient
     config: dict[str, Any]
     updates: list[float] = field(default_factory=list)
-    reply_chars: int = 0
 
     def __post_init__(self) -> None:
         self.hash = secrets.token_hex(6)
         self.values = {c["id"]: c["props"].get("value") for c in self.config["components"]}
-        hidden = self.component("conversation-id")
-        self.values[hidden] = secrets.token_hex(16)
+        self.chat_id = secrets.token_hex(16)
+        self.values[self.component("conversation-id")] = self.chat_id
 
     def component(self, elem_id: str) -> int:
         return next(c["id"] for c in self.config["components"]
                     if c["props"].get("elem_id") == elem_id)
 
     async def ask(self, message: str) -> None:
-        """Type a message, press Enter, and read until nothing follows any more."""
+        """Type a message, press Enter, and read until the reply has ended."""
         box = self.component("message")
         self.values[box] = message
         events = self.config["dependencies"]
-        await self._run(next(e for e in events if [box, "submit"] in e["targets"]))
+        submit = next(e for e in events if [box, "submit"] in e["targets"])
+        await asyncio.gather(self._run(submit), self._read_reply())
+
+    async def _read_reply(self) -> None:
+        where = f"/page/reply/{self.chat_id}?wait=true"
+        async with self.http.stream("GET", where) as lines:
+            async for line in lines.aiter_lines():
+                self.updates.append(time.monotonic())
+                ended = "ended" in json.loads(line)
+        assert ended
 
     async def _run(self, event: dict[str, Any]) -> None:
         if event["backend_fn"]:
@@ -64,10 +71,7 @@ class PageSession:
                 if not line.startswith("data:"):
                     continue
                 message = json.loads(line[5:])
-                if message["msg"] in UPDATES:
-                    assert message["success"], message
-                    self.updates.append(time.monotonic())
-                    self.reply_chars += len(line)
+                assert message.get("success", True), message
                 if message["msg"] == "close_stream":
                     return
 

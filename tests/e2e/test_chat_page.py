@@ -13,6 +13,7 @@ from backend.errors import EngineDeadError, EngineNotReadyError
 from backend.services import Services
 from tests.e2e.chat_page import ChatPage
 from tests.e2e.fake_chat import FakeChat, Script, serve
+from tests.e2e.tunnel import tunnel_to
 from ui import conversations
 
 Open = Callable[..., ChatPage]
@@ -39,7 +40,7 @@ def chat(new_page: Open, url: str) -> Iterator[ChatPage]:
 
 def until(condition: Callable[[], bool], what: str) -> None:
     """Wait for something that happens in the server."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
@@ -120,6 +121,22 @@ def test_reload_in_the_middle_finds_the_reply_still_growing(
     assert "complete" in chat.stats()[0] and "half" not in model.aborted
     chat.send("next")
     chat.wait_reply(2)
+
+
+def test_a_reply_goes_on_when_the_tunnel_was_cut(
+    new_page: Open, url: str, model: FakeChat
+) -> None:
+    script = model.scripts["tunnel"] = Script(["half a reply", " and the rest"], hold_at=1)
+    with tunnel_to(url) as tunnel:
+        page = new_page(tunnel.url)
+        page.send("tunnel")
+        expect(page.live).to_contain_text("half a reply")
+        with page.page.expect_request("**/page/reply/**"):
+            tunnel.cut()
+        script.go.set()
+        assert page.wait_reply(1) == "half a reply and the rest"
+        page.send("go on")
+        page.wait_reply(2)
 
 
 def test_a_reply_found_again_can_be_stopped(chat: ChatPage, model: FakeChat) -> None:

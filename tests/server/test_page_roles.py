@@ -32,7 +32,7 @@ OPEN_TO_STUDENTS = {
     "ChatActions.on_list", "ChatActions.on_more", "ChatActions.on_open", "ChatActions.on_preset",
     "ChatActions.on_rename", "ChatActions.on_save_preset", "ChatActions.on_shown",
     "ChatActions.on_version", "ChatActions._coder.<locals>.on_code",
-    "ChatActions._exporter.<locals>.on_export", "ChatTab.on_draw", "ChatTab.on_drop",
+    "ChatActions._exporter.<locals>.on_export", "ChatTab.on_drop",
     "ChatTab.on_edit", "ChatTab.on_example", "ChatTab.on_go_on", "ChatTab.on_resume",
     "ChatTab.on_retry",
     "ChatTab.on_send", "ChatTab.on_show", "ChatTab.on_stop", "ChatTab.on_undo", "StatusBar.on_load",

@@ -3,83 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from backend.chat import Delta, ReplyStats
+from backend.chat import ReplyStats
 from backend.config import SamplingParams
 from backend.errors import UserError
 from backend.history import History, Turn
-from backend.live_reply import LiveReply
+from tests.unit.chats import ANNA, BERT, CHAT, Backend, Clock, begin, run, talk, until
 from ui import chat_view, conversations, forms
 from ui.context_notice import turns_to_drop
-from ui.conversations import Conversation, ConversationStore, Pending
-
-
-@dataclass
-class Backend:
-    """Yields `pieces`, then waits for ever if `hangs`."""
-
-    pieces: list[str]
-    hangs: bool = False
-    error: Exception | None = None
-    events: list[str] = field(default_factory=list)
-
-    async def stream(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Delta, None]:
-        try:
-            for piece in self.pieces:
-                yield Delta(piece)
-            if self.error:
-                raise self.error
-            if self.hangs:
-                await asyncio.Event().wait()
-            yield Delta("", "stop", stats=ReplyStats(3, len(self.pieces)))
-        finally:
-            self.events.append("closed")
-
-
-ANNA, BERT = "browser:anna", "browser:bert"
-CHAT = "a" * 32
-
-
-class Clock:
-    """A sleep that ends when the test says that the time is over."""
-
-    def __init__(self) -> None:
-        self.asked: list[float] = []
-        self.over = asyncio.Event()
-
-    async def sleep(self, seconds: float) -> None:
-        self.asked.append(seconds)
-        await self.over.wait()
-
-
-def begin(
-    store: ConversationStore, conversation: Conversation, backend: Backend, user: str, keep: int
-) -> Pending:
-    live = LiveReply(backend.stream(conversation.messages(keep, user), SamplingParams()))
-    return store.begin(conversation, user, keep, live)
-
-
-async def talk(store: ConversationStore, *users: str, owner: str = ANNA) -> Conversation:
-    """A chat with replies to these messages."""
-    for keep, user in enumerate(users):
-        pending = begin(store, await store.open(owner, CHAT), Backend([f"re {user}"]), user, keep)
-        await pending.settled.wait()
-    return await store.open(owner, CHAT)
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0)
+from ui.conversations import Conversation, ConversationStore
 
 
 def test_finished_reply_becomes_a_turn() -> None:
@@ -201,18 +137,18 @@ def test_a_reply_that_nobody_ever_looks_at_ends_too() -> None:
     run(test)
 
 
-def test_what_failed_before_anybody_looked_is_told_once() -> None:
+def test_why_a_reply_failed_is_told_once() -> None:
     async def test() -> None:
         store = ConversationStore(History())
         pending = begin(store, await store.open(ANNA, CHAT), Backend([], error=UserError("No.")),
                         "q", 0)
         await pending.settled.wait()
         conversation = await store.open(ANNA, CHAT)
-        found = store.reply_of(conversation)
+        found = store.untold(conversation)
         assert found is pending and found.lost and [str(e) for e in found.troubles()] == ["No."]
-        assert store.reply_of(conversation) is None
+        assert store.untold(conversation) is None
         await begin(store, conversation, Backend(["fine"]), "q", 0).settled.wait()
-        assert store.reply_of(await store.open(ANNA, CHAT)) is None
+        assert store.untold(await store.open(ANNA, CHAT)) is None
     run(test)
 
 

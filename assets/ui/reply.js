@@ -1,0 +1,107 @@
+// A growing reply: read from a request of its own (ui/reply_stream.py), and drawn as fast as the
+// browser can without doing nothing else.
+(() => {
+  "use strict";
+  const desk = window.LMDESK;
+  const RETRY_MS = 1000;
+  const RETRIES = 30; // so long the server goes on with a reply that nobody looks at
+
+  const press = (id) => document.querySelector(`#${id}`)?.click();
+  const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
+  const nextFrame = () => new Promise((done) => requestAnimationFrame(done));
+
+  // Drawing takes longer the longer the text is. Frames that come meanwhile are left out, and as
+  // much time as one took is everything else's.
+  let wanted = null;
+  let drawing = false;
+  const draw = async () => {
+    drawing = true;
+    while (wanted) {
+      await nextFrame();
+      if (!wanted) break; // it has ended
+      const began = performance.now();
+      desk.reply = wanted;
+      wanted = null;
+      press("draw-reply");
+      await nextFrame();
+      await sleep(0);
+      await sleep(performance.now() - began);
+    }
+    drawing = false;
+  };
+
+  // The stream that is being read. `begun`: it has brought something. `over`: its reply has ended.
+  // `asked`: the event that asks for the reply is under way; what it shows comes before the end.
+  let stream = null;
+
+  const read = async (mine, wait) => {
+    const texts = { thoughts: "", live: "" };
+    const url = `${desk.origin()}/page/reply/${desk.conversationId()}?wait=${wait}`;
+    const answer = await fetch(url, { signal: mine.abort.signal, cache: "no-store" });
+    if (!answer.ok) return;
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done && mine.begun) throw new Error("The reply broke off.");
+      if (done) return;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const line of lines) {
+        const { set, add, ended } = JSON.parse(line);
+        mine.begun = true;
+        if (ended) return;
+        Object.assign(texts, set);
+        for (const name of Object.keys(add || {})) texts[name] += add[name];
+      }
+      if (lines.length && mine === stream) {
+        wanted = [texts.thoughts, texts.live];
+        if (!drawing) draw();
+      }
+    }
+  };
+
+  const follow = async (asked) => {
+    const mine = stream = { abort: new AbortController(), begun: false, over: false, asked };
+    for (let tries = 0; tries < RETRIES && mine === stream && !mine.over; tries += 1) {
+      try {
+        await read(mine, asked && !tries);
+        mine.over = true;
+      } catch {
+        if (mine === stream) await sleep(RETRY_MS);
+      }
+    }
+    if (mine !== stream) return false;
+    mine.over = true;
+    return end();
+  };
+
+  // Show the turn that the reply has become, after all that the event has shown that asked for it.
+  const end = () => {
+    if (!stream.over || stream.asked) return false;
+    const { begun } = stream;
+    stream = wanted = null;
+    if (begun) press("show-reply");
+    return begun;
+  };
+
+  desk.unfollow = () => {
+    stream?.abort.abort();
+    stream = wanted = null;
+  };
+  desk.asking = () => {
+    if (!stream) follow(true);
+  };
+  desk.asked = async () => {
+    if (stream?.begun) {
+      stream.asked = false;
+      end();
+      return;
+    }
+    desk.unfollow(); // perhaps none began
+    if (!await follow(false) && !stream) press("show-reply");
+  };
+  desk.opened = () => {
+    if (!stream) follow(false);
+  };
+})();
