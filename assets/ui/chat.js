@@ -109,9 +109,9 @@
 
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") {
-      for (const stop of document.querySelectorAll("button#stop, button#compare-stop")) {
-        if (stop.offsetParent !== null) stop.click();
-      }
+      const shown = (id) => document.querySelector(id)?.offsetParent;
+      if (shown("button#compare-stop")) document.querySelector("button#compare-stop").click();
+      if (shown("#chat-page")) desk.stopReply();
     }
     if (event.ctrlKey && event.shiftKey && event.key.toLowerCase() === "o") {
       event.preventDefault();

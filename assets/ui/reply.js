@@ -85,6 +85,12 @@
     return begun;
   };
 
+  // The button comes with the answer to the event, perhaps after the reply's first words.
+  desk.stopReply = async () => {
+    while (stream?.asked && !document.querySelector("button#stop")) await sleep(20);
+    document.querySelector("button#stop")?.click();
+  };
+
   desk.unfollow = () => {
     stream?.abort.abort();
     stream = wanted = null;
