@@ -75,7 +75,7 @@ async def run(args: argparse.Namespace) -> int:
     proxy.begin_with(settings.nodes)
 
     async def announce() -> str:
-        await proxy.check_all()
+        await proxy.watch.check_all()
         return announcement(server, admin_key, list(proxy.nodes))
 
     async def nothing() -> None:

@@ -14,9 +14,11 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 class StandIn:
     """An HTTP server whose answers are functions, by path; remembers what it was sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0, chat: Answer | None = None) -> None:
         self.answers: dict[str, Answer] = {
             "/v1/models": send_json(200, {"data": [{"id": "m1"}, {"id": "m2"}]})}
+        if chat is not None:
+            self.chat(chat)
         self.seen: list[tuple[str, dict[str, str], Any]] = []
         stand_in = self
 
@@ -37,7 +39,7 @@ class StandIn:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self.thread.start()

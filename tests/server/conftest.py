@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from backend.server.proxy import routes
+from backend.server.proxy import watch
 from tests.server.proxy_support import RunningProxy, stand_ins
 from tests.server.support import Served, serve
 from tests.stand_in import StandIn
@@ -19,8 +19,9 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proxies ask their nodes all the time."""
-    monkeypatch.setattr(routes, "CHECK_INTERVAL_SECONDS", 0.02)
+    """Proxies ask their nodes all the time, and requests do not wait long for one that is gone."""
+    monkeypatch.setattr(watch, "CHECK_INTERVAL_SECONDS", 0.02)
+    monkeypatch.setattr(watch, "RETURN_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from backend.server.proxy import routes, upstream
-from tests.app_process import until
+from backend import remote
+from backend.server.proxy import upstream, watch
+from tests.app_process import BOUND_S, until
 from tests.server.proxy_support import (
     ADMIN,
     CHAT,
@@ -54,7 +57,7 @@ def test_another_node_takes_over_before_the_first_token(pair, monkeypatch, answe
 def test_a_client_cannot_take_a_node_from_the_others(pair, monkeypatch, answer):
     """An answer that its own request brought about does not count against the node."""
     monkeypatch.setattr(upstream, "MAX_ANSWER_BYTES", 2000)
-    monkeypatch.setattr(routes, "CHECK_INTERVAL_SECONDS", 1000.0)
+    monkeypatch.setattr(watch, "CHECK_INTERVAL_SECONDS", 1000.0)
     proxy, first, _ = pair
     proxy.add(first.url)
     proxy.prefer(first.url)
@@ -63,7 +66,7 @@ def test_a_client_cannot_take_a_node_from_the_others(pair, monkeypatch, answer):
     assert proxy.node(first.url).healthy
 
 
-def test_a_node_that_is_gone_is_left_alone_and_comes_back(proxy: RunningProxy):
+def test_a_node_that_is_gone_is_left_alone(proxy: RunningProxy):
     with stand_ins(1) as (second,):
         first = StandIn()
         proxy.add(first.url)
@@ -82,6 +85,70 @@ def test_a_node_that_is_gone_is_left_alone_and_comes_back(proxy: RunningProxy):
         assert http.get("/v1/models").json()["data"] == []
     reply = proxy.ask()
     assert reply.status_code == 503 and reply.headers["retry-after"] == "5"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_node_that_is_started_again_is_waited_for(
+    proxy: RunningProxy, monkeypatch: pytest.MonkeyPatch, stream: bool
+):
+    """Requests that come while the only node is away are answered by it."""
+    monkeypatch.setattr(watch, "RETURN_SECONDS", BOUND_S)
+    first = StandIn()
+    proxy.add(first.url)
+    first.close()
+    with ThreadPoolExecutor(4) as pool:
+        replies = [pool.submit(proxy.ask, stream=stream) for _ in range(4)]
+        until(lambda: not proxy.node(first.url).healthy, "its end is not noticed")
+        until(lambda: proxy.proxy.admission.total.open == 4, "they do not wait")
+        again = StandIn(first.server.server_port, stream_of(EVENTS) if stream else whole("fine"))
+        try:
+            assert [reply.result().status_code for reply in replies] == [200] * 4
+        finally:
+            again.close()
+
+
+def test_a_request_that_a_lost_node_had_is_sent_to_it_again(proxy: RunningProxy,
+                                                           monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(watch, "RETURN_SECONDS", BOUND_S)
+    with stand_ins(1) as (node,):
+        proxy.add(node.url)
+
+        def dies(handler) -> None:
+            node.chat(whole("fine"))
+            hang_up(handler)
+
+        node.chat(dies)
+        assert "fine" in proxy.ask().text and len(asked(node)) == 2
+        node.chat(hang_up)
+        assert proxy.ask().status_code == 502 and len(asked(node)) == 5  # but not for ever
+
+
+def test_a_server_that_joins_an_empty_proxy_is_waited_for(proxy: RunningProxy,
+                                                          monkeypatch: pytest.MonkeyPatch):
+    """As one does that is started again with --proxy-url: it leaves before it stops."""
+    monkeypatch.setattr(watch, "RETURN_SECONDS", BOUND_S)
+    with stand_ins(1) as (node,), ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(proxy.ask)
+        until(lambda: proxy.proxy.admission.total.open == 1, "it does not wait")
+        proxy.add(node.url)
+        assert "fine" in reply.result().text
+
+
+def test_a_node_that_hangs_does_not_hide_what_the_others_do(pair, monkeypatch):
+    monkeypatch.setattr(upstream, "CHECK_SECONDS", 10 * BOUND_S)
+    monkeypatch.setattr(remote, "GET_SECONDS", 10 * BOUND_S)
+    proxy, first, second = pair
+    over = threading.Event()
+    first.answers["/health"] = lambda handler: over.wait(10 * BOUND_S)
+    try:
+        asked_before = len(first.seen)
+        until(lambda: len(first.seen) > asked_before, "it is not asked")
+        second.answers["/health"] = failure(503, "no")
+        until(lambda: not proxy.node(second.url).healthy, "its trouble is not noticed")
+        second.answers["/health"] = send_json(200, {})
+        until(lambda: proxy.node(second.url).healthy, "its end is not noticed")
+    finally:
+        over.set()
 
 
 def test_no_more_nodes_than_three_are_bothered(proxy: RunningProxy):

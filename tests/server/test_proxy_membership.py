@@ -49,13 +49,21 @@ def test_it_joins_comes_back_and_leaves(proxy: RunningProxy, monkeypatch: pytest
             asked = asyncio.Event()
             ask = member._ask
 
-            async def seen() -> None:
-                await ask()
+            async def seen() -> str:
+                run = await ask()
                 asked.set()
+                return run
 
             monkeypatch.setattr(member, "_ask", seen)
             await asyncio.wait_for(asked.wait(), 60)
             assert proxy.node(node.url).speed == 5.0  # what is known is not said again
+            proxy.admin("POST", "/nodes/remove", json={"url": node.url})
+            for _ in range(3):
+                asked.clear()
+                await asyncio.wait_for(asked.wait(), 60)
+            assert not nodes(proxy)  # whom its operator removed stays out
+            proxy.proxy.run_id = "another"  # as if it had been started again between two looks
+            await eventually(lambda: node.url in nodes(proxy))
             await member.leave()
             assert not nodes(proxy)
             await member.leave()

@@ -13,10 +13,10 @@ from backend.remote import NO_SERVER, RemoteChat
 from backend.remote_http import is_loopback_url
 from backend.server.auth import is_loopback
 from backend.server.listen import local_url
+from backend.server.proxy.protocol import RUN_HEADER
 
 log = logging.getLogger(__name__)
 
-# A proxy that is started again has forgotten its nodes; it is away for longer than this meanwhile.
 CHECK_SECONDS = 2.0
 LEAVE_SECONDS = 3.0
 ANY = ("0.0.0.0", "::", "")
@@ -40,6 +40,7 @@ class Membership:
         self.own_url = reachable_url(server, self.url)
         self._own_key = next(iter(server.api_keys), "")
         self._joined = False
+        self._run = ""  # of the proxy, when it was joined
         self._keeping: asyncio.Task[None] | None = None
 
     async def check(self) -> None:
@@ -78,11 +79,12 @@ class Membership:
         trouble = ""
         while True:
             try:
-                if self._joined:
-                    await self._ask()
-                else:
+                run = await self._ask()
+                # One that was started again has forgotten its nodes. Whoever was removed by its
+                # operator stays out.
+                if not self._joined or run != self._run:
                     await self._post("/nodes/add", url=self.own_url, api_key=self._own_key or None)
-                    self._joined = True
+                    self._joined, self._run = True, run
                     log.warning("This server is a node of the proxy at %s.", self.url)
                 trouble = ""
             except UserError as error:
@@ -92,10 +94,10 @@ class Membership:
                 trouble = str(error)
             await asyncio.sleep(CHECK_SECONDS)
 
-    async def _ask(self) -> None:
-        """Whether the proxy is there."""
+    async def _ask(self) -> str:
+        """Which run of the proxy is there; "" where it does not say, as LMDeploy's."""
         try:
-            await self._proxy.get("/nodes/status")
+            return (await self._proxy.get("/nodes/status")).headers.get(RUN_HEADER, "")
         except UserError as error:
             raise self._sentence(error) from error
 

@@ -163,8 +163,10 @@ class Nodes:
         Raises:
             UserError: no model is named, and there are several.
             ModelNotFoundError: no node has it.
-            EngineNotReadyError: those that have it do not answer.
+            EngineNotReadyError: those that have it do not answer, or none ever has.
         """
+        if not tried and not any(node.models for node in self):
+            raise EngineNotReadyError("No node answers.", "Try again in a moment.")
         if model is None:
             model = self._only_model()
         having = [node for node in self if model in node.models]
@@ -188,8 +190,6 @@ class Nodes:
         if len(names) > 1:
             raise UserError("Several models are served here.",
                             f"Name one: {', '.join(sorted(names)[:20])}.", field="model")
-        if not names:
-            raise EngineNotReadyError("No node answers.", "Try again in a moment.")
         return names.pop()
 
     @contextmanager

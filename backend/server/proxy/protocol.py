@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from backend.server.strict import Strict, described
 
+# Of GET /nodes/status: another value means that the proxy was started again, and has forgotten
+# nodes that were added by calls.
+RUN_HEADER = "LMDesk-Proxy-Run"
+
 
 class Status(Strict):
     """What is known of a node beforehand."""

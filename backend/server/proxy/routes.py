@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import secrets
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -28,14 +28,14 @@ from backend.server.keys import key_id
 from backend.server.listen import local_url, tunnel_line
 from backend.server.proxy.interactive import PATH as INTERACTIVE, NodeSpeaker
 from backend.server.proxy.nodes import Node, Nodes, Work
-from backend.server.proxy.protocol import AddRequest, RemoveRequest
+from backend.server.proxy.protocol import RUN_HEADER, AddRequest, RemoveRequest
 from backend.server.proxy.upstream import Answer, NodeError, NodeLostError, Upstream
+from backend.server.proxy.watch import Watch
 from backend.server.sessions import Sessions
 from backend.server.strict import parse
 
 log = logging.getLogger(__name__)
 
-CHECK_INTERVAL_SECONDS = 5.0
 MAX_ATTEMPTS = 3  # nodes that one request may be sent to
 # Twice the queue of one api_server: the nodes have queues of their own behind this.
 LIMITS = Limits(max_waiting=512)
@@ -79,17 +79,15 @@ class Proxy:
         self._node_key = node_key
         self._connect = connect
         self._sessions = sessions or Sessions()
-        self._upstreams: dict[Node, Upstream] = {}
-        self._checking: asyncio.Task[None] | None = None
+        self.watch = Watch(nodes)
+        self.run_id = secrets.token_hex(8)  # see RUN_HEADER
 
     async def __aenter__(self) -> Proxy:
-        self._checking = asyncio.create_task(self._check_for_ever())
+        await self.watch.__aenter__()
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        if self._checking is not None:
-            self._checking.cancel()
-            await asyncio.gather(self._checking, return_exceptions=True)
+        await self.watch.__aexit__(*error)
 
     def app(self, config: ServerConfig) -> FastAPI:
         """The application.
@@ -124,37 +122,7 @@ class Proxy:
         """
         for url in map(normalise_url, urls):
             node = self.nodes.add(Node(url, healthy=False, detail="It has not answered yet."))
-            self._upstreams[node] = self._connect(url, self._node_key)
-
-    async def check_all(self) -> None:
-        """Ask all nodes at once whether they can answer, and for which models."""
-        await asyncio.gather(*(self._check(node) for node in self.nodes))
-
-    async def _check(self, node: Node) -> None:
-        upstream = self._upstreams.get(node)
-        if upstream is None:
-            return  # removed meanwhile
-        try:
-            node.models = tuple(await upstream.check())
-        except UserError as error:
-            self._mark_down(node, str(error))
-        else:
-            if not node.healthy:
-                log.warning("The node %s answers.", node.url)
-            node.healthy, node.detail = True, ""
-
-    async def _check_for_ever(self) -> None:
-        while True:
-            try:
-                await self.check_all()
-            except Exception:  # one bad round must not end all checks
-                log.exception("The nodes could not be checked")
-            await asyncio.sleep(CHECK_INTERVAL_SECONDS)
-
-    def _mark_down(self, node: Node, why: str) -> None:
-        if node.healthy:
-            log.warning("The node %s gets no requests until it answers: %s", node.url, why)
-        node.healthy, node.detail = False, why
+            self.watch.add(node, self._connect(url, self._node_key))
 
     def _require_admin(self, request: Request) -> None:
         if caller(request).id != self._admin:
@@ -164,7 +132,8 @@ class Proxy:
     async def _status(self, request: Request) -> Response:
         """All nodes, by URL."""
         self._require_admin(request)
-        return JSONResponse({node.url: _describe(node) for node in self.nodes})
+        return JSONResponse({node.url: _describe(node) for node in self.nodes},
+                            headers={RUN_HEADER: self.run_id})
 
     async def _add(self, request: Request) -> Response:
         """Take in a node that answers, or change one."""
@@ -176,7 +145,7 @@ class Proxy:
         upstream = self._connect(url, body.api_key or self._node_key)
         models = tuple(await sse.until_gone(request.receive, upstream.check()))
         node = self.nodes.add(Node(url, models, speed=body.speed))
-        self._upstreams[node] = upstream
+        self.watch.add(node, upstream)
         return JSONResponse({url: _describe(node)})
 
     async def _remove(self, request: Request) -> Response:
@@ -187,7 +156,7 @@ class Proxy:
         node = self.nodes.get(url)
         self.nodes.remove(url)
         assert node is not None
-        del self._upstreams[node]
+        self.watch.remove(node)
         return JSONResponse({})
 
     # What clients see
@@ -253,17 +222,20 @@ class Proxy:
             UserError: there is no node to ask; RemoteError: none answers.
         """
         tried: list[Node] = []
+        lost: list[Node] = []
         refusal: tuple[Answer, Work] | None = None
         while len(tried) < MAX_ATTEMPTS:
-            if (node := self.nodes.choose(model, tried, preferred)) is None:
+            node = await self.watch.choose(model, tried, lost, preferred, patient=refusal is None)
+            if node is None:
                 break
             tried.append(node)
             async with AsyncExitStack() as attempt:
                 work = attempt.enter_context(self.nodes.working(node))
                 try:
-                    answer = await self._upstreams[node].post(path, body, stream, attempt)
+                    answer = await self.watch[node].post(path, body, stream, attempt)
                 except NodeLostError as error:
-                    self._mark_down(node, str(error))
+                    self.watch.mark_down(node, str(error))
+                    lost.append(node)
                     continue
                 except NodeError as error:
                     log.warning("A request goes to another node: %s", error)
