@@ -28,7 +28,7 @@ class Role(StrEnum):
     """What somebody may do."""
 
     HOST = "host"  # everything
-    STUDENT = "student"  # chat, on the page and by the API
+    STUDENT = "student"  # chat and compare what is served, on the page and by the API
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +173,20 @@ class Classroom:
             ClassPausedError: see there.
             RateLimitError, OverloadedError, UserError: see `Admission.admit`.
         """
-        most = self.admission.limits.max_per_caller if caller.id else None
+        if caller.role is Role.STUDENT and self.paused:
+            raise ClassPausedError
+        return self.admission.admit(self.see(caller).account, replies, self._most(caller))
+
+    def has_room(self, caller: Caller, replies: int) -> bool:
+        """Whether `caller`'s share lets so many more be open at this moment."""
+        most = self._most(caller)
+        return most is None or self.see(caller).account.open + replies <= most
+
+    def _most(self, caller: Caller) -> int | None:
+        """Replies that `caller` may have open; None: as many as there is room for."""
         if caller.role is Role.STUDENT:
-            if self.paused:
-                raise ClassPausedError
-            most = self.student_limits.max_replies
-        return self.admission.admit(self.see(caller).account, replies, most)
+            return self.student_limits.max_replies
+        return self.admission.limits.max_per_caller if caller.id else None
 
     def bounded(self, caller: Caller, sampling: SamplingParams) -> SamplingParams:
         """`sampling` with no longer a reply than `caller` may have."""

@@ -70,7 +70,8 @@ class Plan:
     """How a comparison will go.
 
     Attributes:
-        together: both sides at once; else one after the other.
+        together: both sides at once; else one after the other, for want of memory if a model is to
+            be loaded, else because who asks may have no two replies open.
         evicts: the served model leaves the memory for the time.
         needs: bytes that each model takes that is to be loaded.
         free: bytes of the device's memory; 0 where nothing is to be loaded.
@@ -116,6 +117,12 @@ class Comparison:
     def ended(self) -> bool:
         """Both replies have."""
         return self._ended.is_set()
+
+    def groups(self) -> list[list[Pane]]:
+        """The panes, those together that answer at once; what is there already goes first."""
+        if self.plan.together:
+            return [list(self.panes)]
+        return [[pane] for pane in sorted(self.panes, key=lambda pane: pane.side.load is not None)]
 
     async def wait(self, seconds: float | None = None) -> None:
         """Return when both replies have ended, at the latest after `seconds`, if any."""
@@ -189,7 +196,7 @@ class ComparisonRoom:
 
     async def start(
         self, sides: Sequence[Side], messages: Sequence[Message], sampling: SamplingParams,
-        owner: str, *, ask: Ask | None = None, force: bool = False,
+        owner: str, *, ask: Ask | None = None, force: bool = False, together: bool = True,
     ) -> Comparison:
         """Ask both sides; engines of another pair are ended first.
 
@@ -197,6 +204,7 @@ class ComparisonRoom:
             owner: who asks; see `leave`.
             ask: asks a backend; by default directly.
             force: although the served model has to leave for it. It is loaded again afterwards.
+            together: whether who asks may have both replies open at a time.
 
         Raises:
             ServedModelLeavesError: it has to, and not `force`.
@@ -205,7 +213,7 @@ class ComparisonRoom:
         """
         loads, ask = _distinct(sides), ask or _ask
         if not loads:
-            comparison = Comparison(sides, messages, sampling, Plan(), ask)
+            comparison = Comparison(sides, messages, sampling, Plan(together), ask)
             comparison._task = asyncio.create_task(self._run(comparison))
             return comparison
         if self._running is not None and self._running.ended and self._running._task is not None:
@@ -281,12 +289,8 @@ class ComparisonRoom:
         """A comparison with engines of its own, and what is left of them afterwards."""
         plan, served = comparison.plan, self.engines.request if self.engines else None
         left = False
-        groups = [list(comparison.panes)]
-        if not plan.together:  # what is there already goes first
-            groups = [[pane] for pane in sorted(comparison.panes,
-                                                key=lambda pane: pane.side.load is not None)]
         try:
-            for group in groups:
+            for group in comparison.groups():
                 if plan.evicts and not left and any(pane.side.load for pane in group):
                     assert self.engines is not None
                     await self.engines.unload(force=True)
@@ -318,7 +322,8 @@ class ComparisonRoom:
     async def _run(self, comparison: Comparison) -> None:
         """A comparison of what is there already."""
         try:
-            await self._answer(comparison, list(comparison.panes))
+            for group in comparison.groups():
+                await self._answer(comparison, group)
         except asyncio.CancelledError:
             pass
         finally:

@@ -65,7 +65,7 @@ TABS: tuple[TabEntry, ...] = (  # in the order in which they stand
     TabEntry("quantize", QuantizeTab),
     TabEntry("config", ConfigTab),
     TabEntry("chat", ChatTab, restful=True, student=True),
-    TabEntry("compare", CompareTab, restful=True),
+    TabEntry("compare", CompareTab, restful=True, student=True),
     TabEntry("jobs", JobsTab),
     TabEntry("class", ClassTab, restful=True, for_class=True),
 )

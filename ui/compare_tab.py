@@ -1,7 +1,7 @@
 """The compare tab: two models side by side; how fast a model is; how good it is.
 
 Of its parts, `SideBySide` chats, and loads what is not served; the others start jobs, and are there
-only where the page has jobs of its own.
+only where the page has jobs of its own, and for hosts only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ui.benchmark_panel import BenchmarkPanel
 from ui.i18n import label, locale_of
 from ui.job_panel import JobPanel
 from ui.perplexity_panel import PerplexityPanel
+from ui.roles import only_for_hosts
 from ui.side_by_side import SideBySide
 
 TO_COMPARE = "() => window.LMDESK.showTab('compare')"
@@ -26,24 +27,37 @@ EVENT: dict[str, Any] = {
 
 
 class CompareTab:
-    """Builds the tab's components inside the current layout and wires them."""
+    """Builds the tab's components inside the current layout and wires them.
+
+    Attributes:
+        for_hosts: parts that students do not see.
+    """
 
     def __init__(self, services: Services) -> None:
         with gr.Column(elem_classes="lmd-tab", elem_id="compare-page"):
             gr.Markdown(label("compare.intro"))
             self.sides = SideBySide(services)
+            self.for_hosts: list[Any] = [*self.sides.for_hosts]
             self.jobs: list[BenchmarkPanel | PerplexityPanel] = []
             if services.jobs is not None:
-                for name, build in (("benchmark", BenchmarkPanel), ("perplexity", PerplexityPanel)):
-                    with gr.Accordion(label(f"compare.{name}"), open=False,
-                                      elem_id=f"{name}-section", elem_classes="lmd-section"):
-                        self.jobs.append(build(services))
+                with only_for_hosts():
+                    self._build_jobs(services)
+
+    def _build_jobs(self, services: Services) -> None:
+        for name, build in (("benchmark", BenchmarkPanel), ("perplexity", PerplexityPanel)):
+            with gr.Accordion(label(f"compare.{name}"), open=False, elem_id=f"{name}-section",
+                              elem_classes="lmd-section") as section:
+                part = build(services)
+            section.expand(part.on_open, part.fields_at_open, part.fields_at_open, **EVENT)
+            self.for_hosts.append(section)
+            self.jobs.append(part)
 
     def wire_load(self, page: gr.Blocks) -> None:
         """What happens when the page is opened, and closed."""
         self.sides.wire_load(page)
-        for part in self.jobs:
-            part.panel.wire_load(page)
+        with only_for_hosts():
+            for part in self.jobs:
+                part.panel.wire_load(page)
 
     def wire_tabs(self, tabs: Sequence[Any]) -> None:
         """A job that has made a model leads here, from whichever tab shows it."""
@@ -57,7 +71,7 @@ class CompareTab:
         async def on_compare(job_id: str, request: gr.Request) -> Updates:
             """The model that a job has made, beside the one that it was made of."""
             try:
-                return await self.sides.preset(*panel.pair(job_id, locale_of(request)))
+                return await self.sides.preset(*panel.pair(job_id, locale_of(request)), request)
             except Exception as error:
                 warn(error, locale_of(request))
                 raise gr.Error(visible=False, print_exception=False) from error
@@ -67,5 +81,3 @@ class CompareTab:
         """List the models when the tab is opened."""
         targets = [picker.target for picker in self.sides.pickers]
         tab.select(self.sides.on_choices, targets, targets, **EVENT)
-        for part in self.jobs:
-            tab.select(part.on_open, part.fields_at_open, part.fields_at_open, **EVENT)

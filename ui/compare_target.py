@@ -8,11 +8,13 @@ from typing import Any
 
 import gradio as gr
 
+from backend.classroom import Role
 from backend.compare import Side
 from backend.errors import UserError
 from backend.services import Services
 from ui.i18n import label, t
 from ui.model_panel import KV_CHOICES
+from ui.roles import caller
 
 SERVED, SERVER = "served", "server"  # further values are folders of models
 EXAMPLE = "http://127.0.0.1:23333"
@@ -33,7 +35,7 @@ class TargetPicker:
         self.services = services
         with gr.Column(elem_id=f"compare-{side}", elem_classes="lmd-target"):
             self.target = gr.Dropdown(
-                [(label("compare.served"), SERVED), (label("compare.server"), SERVER)],
+                [(label("compare.served"), SERVED)],  # hosts get more when they look
                 value=SERVED, label=label(f"compare.{side}"), elem_id=f"compare-{side}-target",
                 filterable=False)
             self.kv = gr.Dropdown(
@@ -61,13 +63,14 @@ class TargetPicker:
                 self.model: gr.update(visible=target == SERVER or
                                       target == SERVED and self.services.remote)}
 
-    async def on_choices(self, chosen: str | None) -> Any:
-        """The choices as they are now."""
+    async def on_choices(self, chosen: str | None, request: gr.Request) -> Any:
+        """The choices as they are now; a student has one."""
         choices: list[tuple[Any, str]] = [(label("compare.served"), SERVED)]
-        if self.services.library is not None:
-            models = await asyncio.to_thread(self.services.library.models)
-            choices += [(model.name, str(model.path)) for model in models]
-        choices.append((label("compare.server"), SERVER))
+        if caller(request).role is Role.HOST:
+            if self.services.library is not None:
+                models = await asyncio.to_thread(self.services.library.models)
+                choices += [(model.name, str(model.path)) for model in models]
+            choices.append((label("compare.server"), SERVER))
         known = [value for _, value in choices]
         return gr.update(choices=choices, value=chosen if chosen in known else SERVED)
 

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from backend.chat import ReplyStats
-from backend.compare import Comparison, Pane, Plan
+from backend.compare import Comparison, Pane
 from ui.answer import sentence
 from ui.chat_view import split_reasoning
 from ui.i18n import t
@@ -60,12 +60,19 @@ def foot_html(pane: Pane, locale: str) -> str:
     return figures
 
 
-def plan_html(plan: Plan, locale: str) -> str:
-    """Whether both answer at once, in plain words."""
-    words = t("compare.together" if plan.together else "compare.in_turn", locale)
-    if plan.evicts:
-        words += " " + t("compare.evicts", locale)
+def note_html(comparison: Comparison, locale: str) -> str:
+    """Whether both answer at once, and what else is to be known, in plain words."""
+    plan, sampling = comparison.plan, comparison.sampling
+    left, right = (pane.side for pane in comparison.panes)
     way = "together" if plan.together else "in_turn"
+    notes = {
+        f"compare.{way}": True,
+        "compare.little_memory": not plan.together and plan.needs,
+        "compare.one_reply": not plan.together and not plan.needs,
+        "compare.evicts": plan.evicts,
+        "compare.alike": left == right and (not sampling.temperature or sampling.seed is not None),
+    }
+    words = " ".join(t(key, locale) for key, holds in notes.items() if holds)
     return f'<p class="lmd-quiet" data-way="{way}">{escape(words)}</p>'
 
 

@@ -3,7 +3,7 @@ lets in.
 
 Hiding a tab protects nothing, for its handlers are HTTP endpoints. So in a class everything is the
 host's, unless it is wired inside `Page.open_to_students` or named here; what is added tomorrow is
-guarded without knowing of it.
+guarded without knowing of it. A tab that is for both keeps parts of it back in `only_for_hosts`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
+from gradio.context import Context
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import get_route_path
@@ -46,6 +47,7 @@ class Page(gr.Blocks):
 
     def __init__(self, **options: Any) -> None:
         self.student_events: set[int] = set()
+        self.host_events: set[int] = set()  # of them, what is kept back
         self.routes: dict[str, Callable[..., Any]] = {}
         super().__init__(**options)
 
@@ -54,7 +56,7 @@ class Page(gr.Blocks):
         """What is wired inside is for students, too."""
         before = set(self.fns)
         yield
-        self.student_events |= set(self.fns) - before
+        self.student_events |= set(self.fns) - before - self.host_events
 
     async def process_api(
         self, block_fn: Any, inputs: Any, state: Any = None, request: Any = None, **options: Any
@@ -70,6 +72,16 @@ class Page(gr.Blocks):
                 raise gr.Error(t("error.code.host_only", locale_of(request)),
                                print_exception=False) from error
         return await super().process_api(block_fn, inputs, state, request, **options)
+
+
+@contextmanager
+def only_for_hosts() -> Iterator[None]:
+    """What is wired inside stays the host's, though the rest of its tab is open to students."""
+    page = Context.root_block
+    before = set(page.fns) if isinstance(page, Page) else set()
+    yield
+    if isinstance(page, Page):
+        page.host_events |= set(page.fns) - before
 
 
 class StudentRoutes:

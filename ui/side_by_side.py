@@ -1,7 +1,8 @@
 """One prompt to two targets, their replies beside each other.
 
-Students may ask what is served already. A model of the library is loaded for it, and an api_server
-is somebody else's: these are the host's to name, as `check_caller` says.
+Students may ask what is served already; over an api_server, any of its models. A model of the
+library is loaded for it, and another api_server is somebody else's: these are the host's to name,
+as `check_caller` says, and so is what becomes of the memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import gradio as gr
 
 from backend.chat import Message
-from backend.classroom import caller_of, require_host
+from backend.classroom import require_host
 from backend.compare import Comparison, ServedModelLeavesError, Side
 from backend.config import SamplingParams
 from backend.errors import UserError
@@ -28,24 +29,31 @@ from ui.compare_target import SERVED, Form, TargetPicker
 from ui.compare_view import Record
 from ui.i18n import label, locale_of, t
 from ui.reply_stream import FRAME_S
+from ui.roles import caller, only_for_hosts
 
 SAMPLING = {"temperature": 0.0, "max_tokens": 256, "seed": None}  # greedy: only the models differ
 HEARTBEAT_S = 0.5  # between two signs of life without text; they also find a closed tab out
 MAX_PROMPT = 200_000  # characters; the context is checked in tokens
+MAX_UNSEEN = 1000  # ended comparisons whose ends nobody has fetched yet
 
 Updates = dict[Any, Any]
 Frames = AsyncGenerator[Updates, None]
 
 
 class SideBySide:
-    """Builds the comparison inside the current layout and wires it."""
+    """Builds the comparison inside the current layout and wires it.
+
+    Attributes:
+        for_hosts: parts that students do not see.
+    """
 
     def __init__(self, services: Services) -> None:
         self.services, self.room = services, services.comparisons
         self._running: dict[str, Comparison] = {}  # by browser tab
         html: dict[str, Any] = {"apply_default_css": False}
-        with gr.Row(elem_classes="lmd-pair"):
+        with gr.Row(elem_classes="lmd-pair") as choice:
             self.pickers = tuple(TargetPicker(services, side) for side in ("left", "right"))
+        self.for_hosts = [] if services.remote else [choice]  # one answers there, for students
         self.prompt = gr.Textbox(
             label=label("compare.prompt"), placeholder=label("compare.placeholder"), lines=1,
             max_lines=10, elem_id="compare-prompt")
@@ -93,13 +101,17 @@ class SideBySide:
         panes = [*self.heads, *self.replies, *self.feet]
         buttons = [self.go, self.stop, self.free, self.exports, self.record]
         begun = [*buttons, self.question, self.force, self.note, *panes]
-        for begins in (gr.on([self.go.click, self.prompt.submit], self.on_go, form, begun, **event),
-                       self.force.click(self.on_force, form, begun, **event)):
+
+        def draws(begins: Any) -> None:
             # Frames touch the panes alone, and go out as they are: each output costs every frame.
             begins.then(self.on_draw, [], panes, postprocess=False, **event).then(
                 self.on_end, [], buttons, **event)
+
+        draws(gr.on([self.go.click, self.prompt.submit], self.on_go, form, begun, **event))
         self.stop.click(self.on_stop, [], [], queue=False, **event)
-        self.free.click(self.on_free, [], [self.free], **event)
+        with only_for_hosts():
+            draws(self.force.click(self.on_force, form, begun, **event))
+            self.free.click(self.on_free, [], [self.free], **event)
         for button, write in ((self.markdown, self.on_markdown), (self.json, self.on_json)):
             button.click(write, [self.record], [self.file], **event).then(
                 None, [self.file], [], js="(file) => file && window.LMDESK.download(file)")
@@ -108,9 +120,9 @@ class SideBySide:
         """Free what a browser tab has opened when it is closed."""
         page.unload(self.on_leave)
 
-    async def on_choices(self, left: str, right: str) -> Updates:
+    async def on_choices(self, left: str, right: str, request: gr.Request) -> Updates:
         """The targets that there are now."""
-        return {picker.target: await picker.on_choices(chosen)
+        return {picker.target: await picker.on_choices(chosen, request)
                 for picker, chosen in zip(self.pickers, (left, right))}
 
     # Events
@@ -125,7 +137,7 @@ class SideBySide:
 
     async def on_draw(self, request: gr.Request) -> Frames:
         """Draw the replies as they grow; when nobody looks any more, end them."""
-        locale, tab = locale_of(request), request.session_hash or ""
+        locale, tab = locale_of(request), _tab(request)
         comparison = self._running.get(tab)
         if comparison is None:  # it was refused
             return
@@ -145,8 +157,7 @@ class SideBySide:
 
     async def on_end(self, request: gr.Request) -> Updates:
         """The buttons at rest, and what can be taken along."""
-        tab = request.session_hash or ""
-        comparison = self._running.pop(tab, None)
+        comparison = self._running.pop(_tab(request), None)
         updates: Updates = {self.go: gr.update(visible=True, interactive=True),
                             self.stop: gr.update(visible=False)}
         if comparison is None:
@@ -158,19 +169,19 @@ class SideBySide:
 
     async def on_stop(self, request: gr.Request) -> None:
         # The event that draws the replies sees their end and shows it.
-        if comparison := self._running.get(request.session_hash or ""):
+        if comparison := self._running.get(_tab(request)):
             comparison.stop()
 
     async def on_free(self, request: gr.Request) -> Updates:
         """End the engines of this tab's comparison."""
-        await self.room.leave(request.session_hash or "")
+        await self.room.leave(_tab(request))
         return {self.free: gr.update(visible=False)}
 
     async def on_leave(self, request: gr.Request) -> None:
         """The browser tab was closed."""
-        if comparison := self._running.pop(request.session_hash or "", None):
+        if comparison := self._running.pop(_tab(request), None):
             comparison.stop()
-        await self.room.leave(request.session_hash or "")
+        await self.room.leave(_tab(request))
 
     async def on_markdown(self, made: Record | None, request: gr.Request) -> str:
         return self._file("md", compare_view.as_markdown(made, locale_of(request))) if made else ""
@@ -183,11 +194,12 @@ class SideBySide:
     def check_caller(self, form: Form, request: gr.Request) -> None:
         """Raises HostOnlyError if a student names more than what is served."""
         if not all(picker.is_served(form) for picker in self.pickers):
-            require_host(caller_of(request.request.scope))
+            require_host(caller(request))
 
     async def _begin(self, form: Form, request: gr.Request, force: bool) -> Frames:
         """Ask both; say what memory holds of them, or what has to be asked or mended before."""
-        locale, tab = locale_of(request), request.session_hash or ""
+        locale, tab, asker = locale_of(request), _tab(request), caller(request)
+        classroom = self.services.classroom
         at_rest: Updates = {self.go: gr.update(interactive=True), self.note: ""}
         try:
             self.check_caller(form, request)
@@ -197,9 +209,10 @@ class SideBySide:
             sides = [await picker.side(form, locale) for picker in self.pickers]
             yield {self.go: gr.update(interactive=False), self.question: gr.update(visible=False),
                    self.force: gr.update(visible=False), self.note: _preparing(sides, locale)}
-            ask = partial(self.services.classroom.reply, caller_of(request.request.scope))
-            comparison = self._running[tab] = await self.room.start(
-                sides, messages, sampling, tab, ask=ask, force=force)
+            comparison = await self.room.start(
+                sides, messages, sampling, tab, ask=partial(classroom.reply, asker), force=force,
+                together=classroom.has_room(asker, len(sides)))
+            self._remember(tab, comparison)
         except ServedModelLeavesError as error:
             words = t("compare.leaves", locale, count=error.count)
             yield {**at_rest, self.force: gr.update(visible=True), self.question: gr.update(
@@ -211,9 +224,16 @@ class SideBySide:
             yield {
                 self.go: gr.update(visible=False), self.stop: gr.update(visible=True),
                 self.free: gr.update(visible=False), self.exports: gr.update(visible=False),
-                self.note: compare_view.plan_html(comparison.plan, locale), self.record: None,
+                self.note: compare_view.note_html(comparison, locale), self.record: None,
                 **self._panes(comparison, locale),
             }
+
+    def _remember(self, tab: str, comparison: Comparison) -> None:
+        """The page fetches the end of what it has begun; others need not."""
+        ended = [tab for tab, made in self._running.items() if made.ended]
+        for unseen in ended[:-MAX_UNSEEN]:
+            del self._running[unseen]
+        self._running[tab] = comparison
 
     def _panes(self, comparison: Comparison, locale: str) -> Updates:
         updates: Updates = {}
@@ -241,16 +261,23 @@ class SideBySide:
 
     # For other tabs
 
-    async def preset(self, left: str, right: str, right_kv: int | None = None) -> Updates:
+    async def preset(
+        self, left: str, right: str, right_kv: int | None, request: gr.Request
+    ) -> Updates:
         """The fields with these two; folders of models, or `SERVED`."""
         updates: Updates = {}
         for picker, chosen, kv in zip(self.pickers, (left, right), (None, right_kv)):
-            updates[picker.target] = await picker.on_choices(chosen)
+            updates[picker.target] = await picker.on_choices(chosen, request)
             updates[picker.kv] = gr.update(
                 value="default" if kv is None else str(kv), visible=chosen != SERVED)
             updates[picker.server] = gr.update(visible=False)
             updates[picker.model] = gr.update(visible=self.services.remote and chosen == SERVED)
         return updates
+
+
+def _tab(request: gr.Request) -> str:
+    """A browser tab: its name is its own to give, and nobody gets at another's by taking that."""
+    return f"{caller(request).id} {request.session_hash or ''}"
 
 
 def _state(comparison: Comparison) -> list[Any]:

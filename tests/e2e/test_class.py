@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from backend.classroom import Classroom
+from backend.compare import ComparisonRoom, Side
 from backend.engine_manager import EngineManager
 from backend.jobs import JobStore
 from backend.model_library import ModelLibrary
@@ -21,6 +22,17 @@ PHONE = {"width": 390, "height": 844}
 Login = Callable[..., ChatPage]
 
 
+class Room(ComparisonRoom):
+    """What is served is the scripted model."""
+
+    def __init__(self, model: FakeChat) -> None:
+        super().__init__()
+        self.model = model
+
+    def served_side(self) -> Side:
+        return Side("fake-model", self.model)
+
+
 @pytest.fixture(scope="module")
 def model() -> FakeChat:
     return FakeChat()
@@ -31,7 +43,8 @@ def url(model: FakeChat, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     folder = tmp_path_factory.mktemp("class")
     services = Services(
         model, engines=EngineManager(), jobs=JobStore(folder / "jobs"),
-        library=ModelLibrary(folder, [folder]), classroom=Classroom(has_hosts=True))
+        library=ModelLibrary(folder, [folder]), classroom=Classroom(has_hosts=True),
+        comparisons=Room(model))
     with serve(services, api_keys=(STUDENT_KEY,), host_keys=(HOST_KEY,)) as url:
         yield url
 
@@ -94,16 +107,33 @@ def test_a_student_sees_the_chat_and_nothing_of_the_hosts(
     for name in HOSTS_TABS:
         expect(host.page.get_by_role("tab", name=name)).to_be_visible()
     expect(host.page.locator("#models-button")).to_be_visible()
-    for student, chat, name in ((ada, "Chat", "Ada <b>"), (lilei, "对话", "李雷")):
-        tabs = student.page.get_by_role("tab")
-        expect(tabs).to_have_count(1)
-        expect(tabs).to_have_text(chat)
+    for student, titles, name in (
+            (ada, ["Chat", "Compare"], "Ada <b>"), (lilei, ["对话", "对比"], "李雷")):
+        expect(student.page.get_by_role("tab")).to_have_text(titles)
         expect(student.page.locator("#models-button")).to_have_count(0)
         expect(student.page.locator("#me")).to_contain_text(name)
         student.send("hello")
         assert "hello" in student.wait_reply(1)
     scrolled = "document.documentElement.scrollWidth > innerWidth"
     assert not lilei.page.evaluate(scrolled)
+
+
+def test_a_student_compares_what_is_served(lilei: ChatPage, model: FakeChat) -> None:
+    page = lilei.page
+    page.get_by_role("tab", name="对比").click()
+    for hidden in ("compare-left-target", "benchmark-section", "perplexity-section"):
+        expect(page.locator(f"#{hidden}")).to_have_count(0)
+    page.locator("#compare-prompt textarea").fill("两边")
+    page.locator("#compare-prompt textarea").press("Enter")
+    for side in ("left", "right"):
+        expect(page.locator(f"#pane-{side}-head")).to_contain_text("fake-model")
+        expect(page.locator(f"#pane-{side}-reply")).to_contain_text("You said 两边")
+    expect(page.locator("#compare-note")).to_contain_text("两边是同一个模型")
+    expect(page.locator("button#compare-markdown")).to_be_visible()
+    expect(page.locator("button#compare-free")).to_have_count(0)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    expect(page.locator(".toast-body")).to_have_count(0)
+    page.get_by_role("tab", name="对话").click()
 
 
 def test_the_host_sees_who_is_here_and_what_they_do(
@@ -118,7 +148,7 @@ def test_the_host_sees_who_is_here_and_what_they_do(
     script.go.set()
     ada.wait_idle()
     expect(row(page, "Ada <b>").locator("td").nth(1)).to_have_text("0")
-    expect(row(page, "李雷").locator("td").nth(2)).to_have_text("1")  # replies
+    expect(row(page, "李雷").locator("td").nth(2)).to_have_text("3")  # a chat's, a comparison's
     invitation = page.locator("#class-text textarea")
     for part in ("ssh -CNL ", host.url, STUDENT_KEY):
         assert part in invitation.input_value()

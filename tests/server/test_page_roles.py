@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from backend.classroom import Classroom, StudentLimits
+from backend.classroom import Caller, Classroom, Role, StudentLimits
 from backend.engine_manager import EngineManager
 from backend.jobs import JobStore
 from backend.model_library import ModelLibrary
@@ -35,7 +35,10 @@ OPEN_TO_STUDENTS = {
     "ChatActions._exporter.<locals>.on_export", "ChatTab.on_drop",
     "ChatTab.on_edit", "ChatTab.on_example", "ChatTab.on_go_on", "ChatTab.on_resume",
     "ChatTab.on_retry",
-    "ChatTab.on_send", "ChatTab.on_show", "ChatTab.on_stop", "ChatTab.on_undo", "StatusBar.on_load",
+    "ChatTab.on_send", "ChatTab.on_show", "ChatTab.on_stop", "ChatTab.on_undo",
+    "SideBySide.on_choices", "SideBySide.on_draw", "SideBySide.on_end", "SideBySide.on_go",
+    "SideBySide.on_json", "SideBySide.on_leave", "SideBySide.on_markdown", "SideBySide.on_stop",
+    "StatusBar.on_load", "TargetPicker.on_choices", "TargetPicker.on_target",
 }
 IN_RESTFUL_MODE = {"RemotePanel.on_connect"}
 
@@ -113,8 +116,9 @@ def handled(page: Page) -> dict[int, Any]:
 def test_students_events_are_those_of_the_list(made: Class) -> None:
     events = handled(made.page)
     assert {name_of(events[n]) for n in made.page.student_events & set(events)} == OPEN_TO_STUDENTS
-    assert {"ModelPanel.on_load", "DownloadTab.on_start", "ClassTab.on_pause"} <= {
-        name_of(event) for event in events.values()}
+    assert {"ModelPanel.on_load", "DownloadTab.on_start", "ClassTab.on_pause",
+            "SideBySide.on_force", "SideBySide.on_free", "BenchmarkPanel.on_start",
+            "PerplexityPanel.on_start"} <= {name_of(event) for event in events.values()}
 
 
 def test_every_other_event_is_refused(made: Class) -> None:
@@ -206,15 +210,73 @@ def test_a_student_cannot_read_anothers_chat_by_its_id(made: Class) -> None:
     assert "a secret" in read_by(ada)
 
 
-def test_a_student_has_no_server_but_the_operators() -> None:
+@pytest.fixture(scope="module")
+def restful() -> Iterator[Class]:
+    """A class over somebody's api_server."""
     services = Services(
         FakeChat(), default_url="http://127.0.0.1:23333", classroom=Classroom(has_hosts=True))
     with opened(services) as made:
-        named = {name_of(e) for n, e in handled(made.page).items()
-                 if n in made.page.student_events}
-        assert named == OPEN_TO_STUDENTS | IN_RESTFUL_MODE
-        usual = made.call(made.student, "RemotePanel.on_connect", [services.default_url, ""])
-        assert usual["output"]["data"][0]["value"] == "fake-model"
-        for target in (["http://127.0.0.1:1", ""], [services.default_url, "a-key"]):
-            end = made.call(made.student, "RemotePanel.on_connect", target)
-            assert end["output"]["data"][0]["value"] is None
+        yield made
+
+
+def compare(made: Class, **form: Any) -> str:
+    """What is drawn of a student's comparison by hand; fields by their elem_id."""
+    def student(name: str) -> int:
+        return next(n for n in sorted(made.page.student_events)
+                    if name_of(made.page.fns[n]) == f"SideBySide.{name}")
+
+    go, draw, end = map(student, ("on_go", "on_draw", "on_end"))
+    values = [form.get((block.elem_id or "").replace("-", "_"), block.value)
+              for block in made.page.fns[go].inputs]
+    finished(made.student, {go: values})
+    drawn = finished(made.student, {draw: []})[draw]
+    assert finished(made.student, {end: []})[end]["success"]
+    return str(drawn["output"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("target", ["/etc", "server", None, ["served"]])
+def test_students_compare_nothing_but_what_is_served(
+    restful: Class, side: str, target: Any
+) -> None:
+    model: Any = restful.services.chat
+    asked = len(model.seen)
+    compare(restful, compare_prompt="Hello", **{
+        f"compare_{side}_target": target, f"compare_{side}_url": restful.services.default_url})
+    assert len(model.seen) == asked
+
+
+def test_a_class_limits_its_comparisons_as_its_chats(restful: Class) -> None:
+    model: Any = restful.services.chat
+    classroom, asked = restful.services.classroom, len(model.seen)
+    host = Caller("host", "", Role.HOST)
+    classroom.set_limits(host, StudentLimits(max_replies=1, max_tokens=7))
+    try:
+        drawn = compare(restful, compare_prompt="Both", compare_right_model="other")
+        assert drawn.count("You said **Both**") == 2, "one after the other, so both are answered"
+        assert model.models_asked[asked:] == [None, "other"]
+        assert [sampling.max_tokens for sampling in model.sampling[asked:]] == [7, 7]
+        classroom.pause(host)
+        assert compare(restful, compare_prompt="Now").count("has paused the class") == 2
+        assert len(model.seen) == asked + 2
+    finally:
+        classroom.resume(host)
+        classroom.set_limits(host, StudentLimits())
+
+
+def test_a_student_is_shown_no_other_targets(made: Class) -> None:
+    for client, others in ((made.student, False), (made.host, True)):
+        end = made.call(client, "TargetPicker.on_choices", ["served"])
+        assert ("server" in str(end["output"]["data"][0]["choices"])) == others
+
+
+def test_a_student_has_no_server_but_the_operators(restful: Class) -> None:
+    named = {name_of(e) for n, e in handled(restful.page).items()
+             if n in restful.page.student_events}
+    assert named == OPEN_TO_STUDENTS | IN_RESTFUL_MODE
+    theirs = restful.services.default_url
+    usual = restful.call(restful.student, "RemotePanel.on_connect", [theirs, ""])
+    assert usual["output"]["data"][0]["value"] == "fake-model"
+    for target in (["http://127.0.0.1:1", ""], [theirs, "a-key"]):
+        end = restful.call(restful.student, "RemotePanel.on_connect", target)
+        assert end["output"]["data"][0]["value"] is None

@@ -54,6 +54,15 @@ class Backend:
         yield Delta("", "stop", stats=ReplyStats(3, self.pieces))
 
 
+def test_room_in_a_callers_share() -> None:
+    room = Classroom(has_hosts=True, limits=Limits(max_per_caller=3))
+    with room.admit(ANNA, 3), room.admit(HOST, 2), room.admit(Caller(), 9):
+        assert room.has_room(ANNA, 1) and not room.has_room(ANNA, 2)
+        assert room.has_room(BERT, 4) and not room.has_room(BERT, 5)
+        assert room.has_room(HOST, 1) and not room.has_room(HOST, 2)
+        assert room.has_room(Caller(), 1000)
+
+
 def test_without_hosts_everybody_is_one() -> None:
     keys = Keys(("first-key", "other-key"))
     found = keys.find("other-key")

@@ -211,6 +211,23 @@ def test_a_comparison_is_taken_along() -> None:
         compare_view.record(a_comparison(together=False), ""), "zh-CN")
 
 
+def noted(plan: Plan, sides: list[Side], sampling: SamplingParams) -> str:
+    made = Comparison(sides, [], sampling, plan, ask=None)  # type: ignore[arg-type]
+    return compare_view.note_html(made, "en")
+
+
+def test_a_note_says_how_they_answer_and_why() -> None:
+    one, other, varied = Side("one"), Side("other"), SamplingParams(temperature=1.0)
+    assert "Both at once" in noted(Plan(), [one, other], varied)
+    memory = noted(Plan(False, True, (1,)), [one, other], varied)
+    assert "Memory holds only one" in memory and "loaded again" in memory
+    share = noted(Plan(False), [one, one], varied)
+    assert "two more replies" in share and "Memory" not in share and "alike" not in share
+    for fixed in (SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, seed=0)):
+        assert "will be alike" in noted(Plan(), [one, one], fixed)
+        assert "alike" not in noted(Plan(), [one, other], fixed)
+
+
 def test_panes_are_safe_html() -> None:
     left, right = a_comparison().panes
     assert "<b>right</b>" not in compare_view.head_html(right, "en")
