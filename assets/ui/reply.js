@@ -17,8 +17,6 @@
   const draw = async () => {
     drawing = true;
     while (wanted) {
-      await nextFrame();
-      if (!wanted) break; // it has ended
       const began = performance.now();
       desk.reply = wanted;
       wanted = null;
