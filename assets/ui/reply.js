@@ -5,6 +5,8 @@
   const desk = window.LMDESK;
   const RETRY_MS = 1000;
   const RETRIES = 30; // so long the server goes on with a reply that nobody looks at
+  // A connection that was cut can leave Gradio waiting for ever for an event's answer.
+  const LOST_MS = 10000;
 
   const press = (id) => document.querySelector(`#${id}`)?.click();
   const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
@@ -71,12 +73,16 @@
     }
     if (mine !== stream) return false;
     mine.over = true;
-    return end();
+    if (mine.begun && mine.asked) {
+      await sleep(LOST_MS);
+      if (mine === stream && mine.asked) location.reload();
+    }
+    return mine === stream && end();
   };
 
   // Show the turn that the reply has become, after all that the event has shown that asked for it.
   const end = () => {
-    if (!stream.over || stream.asked) return false;
+    if (!stream?.over || stream.asked) return false;
     const { begun } = stream;
     stream = wanted = null;
     if (begun) press("show-reply");

@@ -134,7 +134,7 @@ def test_a_reply_goes_on_when_the_tunnel_was_cut(
         with page.page.expect_request("**/page/reply/**"):
             tunnel.cut()
         script.go.set()
-        assert page.wait_reply(1) == "half a reply and the rest"
+        assert page.wait_reply(1, timeout_s=90) == "half a reply and the rest"
         page.send("go on")
         page.wait_reply(2)
 

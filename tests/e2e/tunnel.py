@@ -16,6 +16,7 @@ class Tunnel:
         self._port = urlsplit(url).port
         self._loop = asyncio.new_event_loop()
         self._open: set[asyncio.StreamWriter] = set()
+        self._idle = asyncio.Event()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._server = self._call(asyncio.start_server(self._serve, "127.0.0.1", 0))
@@ -30,6 +31,8 @@ class Tunnel:
         self._open |= both
         await asyncio.gather(self._pass(reader, to_server), self._pass(there, writer))
         self._open -= both
+        if not self._open:
+            self._idle.set()
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
@@ -39,8 +42,11 @@ class Tunnel:
         writer.close()
 
     async def _cut(self) -> None:
-        for writer in list(self._open):
-            writer.transport.abort()
+        while self._open:
+            self._idle.clear()
+            for writer in list(self._open):
+                writer.transport.abort()
+            await self._idle.wait()
 
     def cut(self) -> None:
         """End all connections; new ones are taken."""
