@@ -163,11 +163,13 @@ async def serve(
     join: MembershipConfig | None = None,
 ) -> int:
     """Listen, say where, and serve until told to stop."""
-    from backend.classroom import Classroom
+    from backend.class_file import open_class
     from backend.server.api import base_app, create_app
     from backend.server.auth import resolve_keys
     from backend.server.listen import bind, invitation, serve_forever
 
+    if server.host_keys:
+        services.classroom = open_class(server.server_port)
     sock, server = bind(server, fixed_port)
     server = resolve_keys(server)
     membership = None
@@ -176,7 +178,6 @@ async def serve(
 
         membership = Membership(join.proxy_url, join.proxy_key, server)
         await membership.check()
-    services.classroom = Classroom(has_hosts=bool(server.host_keys))
     async with services:  # the engine loads its model while the page is being built
         if services.engines is None:
             app = base_app(services.chat, server, services.classroom, lambda: "")

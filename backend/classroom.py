@@ -138,6 +138,7 @@ class Classroom:
         has_hosts: there are host keys, so that people without one are students, and have names.
         limits: of all work together.
         clock: seconds, monotonic.
+        keep: told whenever a host has changed something that should outlive the server.
 
     Attributes:
         paused: students get no new replies.
@@ -149,12 +150,13 @@ class Classroom:
         has_hosts: bool = False,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        keep: Callable[[Classroom], None] = lambda classroom: None,
     ) -> None:
         self.has_hosts = has_hosts
         self.admission = Admission(limits, clock)
         self.paused = False
         self.student_limits = StudentLimits()
-        self._clock = clock
+        self._clock, self._keep = clock, keep
         self._people: dict[str, Person] = {}
 
     def see(self, caller: Caller) -> Person:
@@ -221,11 +223,13 @@ class Classroom:
         """Refuse students new replies; those that are open go on. Raises HostOnlyError."""
         require_host(by)
         self.paused = True
+        self._keep(self)
 
     def resume(self, by: Caller) -> None:
         """End the pause. Raises HostOnlyError."""
         require_host(by)
         self.paused = False
+        self._keep(self)
 
     def set_limits(self, by: Caller, limits: StudentLimits) -> None:
         """Change what a student may have; replies that are open go on.
@@ -237,6 +241,7 @@ class Classroom:
         require_host(by)
         validate(limits)
         self.student_limits = limits
+        self._keep(self)
 
     def snapshot(self, by: Caller) -> ClassStatus:
         """What a host sees of the class. Raises HostOnlyError."""

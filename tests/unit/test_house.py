@@ -31,6 +31,7 @@ FLOORS = {
     "backend.live_reply": 31,
     "backend.engine_manager": 32,
     "backend.classroom": 33,
+    "backend.class_file": 34,
     "backend.chat": 30,
     "backend.model_library": 30,
     "backend.jobs": 30,
