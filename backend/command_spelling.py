@@ -105,6 +105,8 @@ def without_module(argv: list[str]) -> list[str]:
     Raises:
         UserError: the module is none that there is a command for.
     """
+    if argv[:1] == ["lmdeploy"] and argv[1:] and not argv[1].startswith("-"):
+        argv = argv[1:]  # a line pasted whole
     is_module = argv[:1] == ["-m"]
     name = "".join(argv[1:2]) if is_module else "".join(argv[:1]).removeprefix("./")
     if name in MODULES:
@@ -196,9 +198,10 @@ def reference_page() -> str:
         "Made from `backend/command_spelling.py` by `make docs`.",
         "",
         "Write `python app.py` (or `lmdesk`) where a tutorial has `lmdeploy`, `python` or "
-        "`python3`; the rest of the line stays as it is. Underscores and dashes are the same in "
-        "flags and commands, and one dash too many is none. A flag that no command has is an "
-        "error, answered with the nearest one.",
+        "`python3`; the rest of the line stays as it is. A line of `lmdeploy` pasted whole behind "
+        "`python app.py` works, too. Underscores and dashes are the same in flags and commands, "
+        "and one dash too many is none. A flag that no command has is an error, answered with the "
+        "nearest one.",
     ]
     modules = {f"-m {name}" if name[0] == "l" else name: shown[to] for name, to in MODULES.items()}
     modules |= {" ".join(name): to for name, to in COMMANDS.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -194,9 +195,10 @@ def judge_and_publish(
     if (writer.target / STATS_FILE).is_file():  # it goes, and they would with it
         shutil.copyfile(writer.target / STATS_FILE, writer.folder / STATS_FILE)
     writer.publish(name)
-    progress.result(
-        {"path": folder, "verdict": verdict.as_dict()}, f"{verdict.table()}\n{folder}"
-    )
+    told = f"{verdict.table()}\n{folder}"
+    if verdict.passed:
+        told += f"\nTry it: python app.py chat {shlex.quote(os.path.relpath(folder))}"
+    progress.result({"path": folder, "verdict": verdict.as_dict()}, told)
     return 0 if verdict.passed else 1
 
 
@@ -286,7 +288,8 @@ def kv_qparams(args: argparse.Namespace, progress: Progress) -> int:
         judged = verdict.table()
     progress.result(
         {"path": str(path), "verdict": None if verdict is None else verdict.as_dict()},
-        f"{judged}\n{path}: used by --quant-policy 8 from now on.",
+        f"{judged}\n{path}: used whenever the KV cache has {args.kv_bits} bits. To have it so: "
+        f"python app.py config set {shlex.quote(args.model)} kv_cache_dtype=int{args.kv_bits}",
     )
     return 0
 

@@ -135,6 +135,7 @@ def test_auto_awq_writes_judges_and_refuses_to_write_again(here, capfd, refused)
     assert app.main(["lite", *argv, "--eval-tokens", "4096"]) == 0
     said = capfd.readouterr().out
     assert "Passed" in said and "Calibrated on the bundled English" in said
+    assert said.endswith("\nTry it: python app.py chat demo_model-awq\n")
     assert [path.name for path in here.iterdir()] == ["demo_model-awq"]
     verdict = json.loads((here / "demo_model-awq" / "verdict.json").read_text())
     assert verdict["passed"] and verdict["model"]["model"] == str(here / "demo_model-awq")
@@ -262,7 +263,8 @@ def test_calibrate_then_kv_qparams(here, tiny, capfd, refused):
     assert "Nothing was written" in capfd.readouterr().out and bytes_of(served) == before
     assert app.main(["lite", *argv, "--num-tp", "2"]) == 0
     said = capfd.readouterr().out
-    assert "--quant-policy 8" in said and "served, KV in 8 bits" in said and "Passed" in said
+    assert f"config set {served} kv_cache_dtype=int8" in said
+    assert "served, KV in 8 bits" in said and "Passed" in said
     after = bytes_of(served)
     assert set(after) == {*before, "kv_qparams.json"}
     assert "is there already" in refused(*argv)

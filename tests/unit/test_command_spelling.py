@@ -23,6 +23,8 @@ SAME = [
     ("-m lmdeploy.serve.turbomind.deploy --model-name n --model-path p --group-size 128",
      "convert n p --group-size 128"),
     ("deploy n p", "convert n p"),
+    ("lmdeploy chat turbomind ./workspace", "chat turbomind ./workspace"),
+    ("lmdeploy --tp 2", "run lmdeploy --tp 2"),  # a folder of that name
     ("benchmark/profile_generation.py w --concurrency 1 --input_seqlen 2 --output_seqlen 3",
      "benchmark profile_generation w --concurrency 1 --prompt-tokens 2 --completion-tokens 3"),
     ("m", "run m"),
