@@ -22,6 +22,7 @@ from backend.errors import UserError
 SCOPE_KEY = "lmdesk.caller"  # where the guard leaves the caller in a request's scope
 MAX_NAME = 40  # characters
 MAX_PEOPLE = 500  # remembered; those seen last
+MOST_REPLIES, MOST_TOKENS = 256, 1_000_000  # that a student's limits may be
 
 
 class Role(StrEnum):
@@ -73,9 +74,10 @@ class StudentLimits:
 
     max_replies: int = option(
         4, "replies that a student may have open at a time, waiting or being written",
-        low=1, high=256)
+        low=1, high=MOST_REPLIES)
     max_tokens: int | None = option(
-        None, "longest reply to a student in tokens; default: what the context leaves", low=1)
+        None, "longest reply to a student in tokens; default: what the context leaves", low=1,
+        high=MOST_TOKENS)
 
 
 @dataclass(slots=True)

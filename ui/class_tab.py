@@ -6,10 +6,11 @@ from typing import Any
 
 import gradio as gr
 
-from backend.classroom import StudentLimits
+from backend.classroom import MOST_REPLIES, MOST_TOKENS, StudentLimits
 from backend.services import Services
 from ui import class_view
 from ui.answer import warn
+from ui.forms import whole_number
 from ui.i18n import label, locale_of, t
 from ui.roles import caller
 
@@ -92,12 +93,18 @@ class ClassTab:
     async def on_save(
         self, max_replies: Any, max_tokens: Any, request: gr.Request
     ) -> dict[Any, Any]:
+        locale = locale_of(request)
         try:
-            self.classroom.set_limits(caller(request), StudentLimits(max_replies, max_tokens))
+            self.classroom.set_limits(caller(request), StudentLimits(
+                whole_number(max_replies, t("class.max_replies", locale), MOST_REPLIES, locale,
+                             field="max_replies"),
+                None if max_tokens is None else whole_number(
+                    max_tokens, t("class.max_tokens", locale), MOST_TOKENS, locale,
+                    field="max_tokens")))
         except Exception as error:
-            warn(error, locale_of(request))
+            warn(error, locale)
             return {self.max_replies: gr.skip()}  # what was typed stays, to be mended
-        gr.Info(t("class.saved", locale_of(request)))
+        gr.Info(t("class.saved", locale))
         return self._limits()
 
     def _limits(self) -> dict[Any, Any]:

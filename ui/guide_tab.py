@@ -139,7 +139,7 @@ class GuideTab:
 
     def _walk(self, model: str, step: str) -> Walk:
         if step not in STEPS:
-            raise UserError(t("guide.no_step"))
+            raise UserError(t("error.not_offered", value=repr(step)[:60]), field="step")
         return Walk(self.library.checked(model))
 
     def _job(self, walk: Walk, step: str) -> Job | None:

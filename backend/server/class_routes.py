@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from backend.classroom import Classroom, require_host
+from backend.classroom import MOST_REPLIES, MOST_TOKENS, Classroom, require_host
 from backend.server.auth import caller
 from backend.server.body import read_json
 from backend.server.docs import body_schema
@@ -20,11 +20,11 @@ class ClassChange(Strict):
 
     paused: bool | None = described(None, "students get no new replies", "true or false")
     max_replies: int | None = described(
-        None, "replies that a student may have open at a time", "a whole number from 1 to 256",
-        ge=1, le=256)
+        None, "replies that a student may have open at a time",
+        f"a whole number from 1 to {MOST_REPLIES}", ge=1, le=MOST_REPLIES)
     max_tokens: int | None = described(
         None, "longest reply to a student in tokens; null: what the context leaves",
-        "a whole number from 1, or null", ge=1)
+        f"a whole number from 1 to {MOST_TOKENS}, or null", ge=1, le=MOST_TOKENS)
 
 
 def add_class_routes(app: FastAPI, classroom: Classroom) -> None:

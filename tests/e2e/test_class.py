@@ -185,7 +185,7 @@ def test_limits_hold_for_each_student(host: ChatPage, ada: ChatPage, model: Fake
         page.locator("button#class-save").click()
 
     apply("0", "")
-    expect(host.toast).to_contain_text("max_replies")
+    expect(host.toast).to_contain_text("Replies at a time must be a whole number from 1 to 256")
     apply("1", "16")
     expect(host.toast).to_contain_text("The limits hold")
     ada.new_chat()

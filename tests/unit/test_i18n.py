@@ -73,6 +73,15 @@ def test_values_of_t_are_the_texts_placeholders() -> None:
             assert given == placeholders(ENGLISH[call.args[0].value]), where
 
 
+def test_what_is_said_to_somebody_is_said_in_their_language() -> None:
+    """Errors may be said before anybody knows for whom: ui/sentences.py translates them."""
+    whoever = [
+        f"{where}: {ast.unparse(call)}" for where, name, call in calls()
+        if name == "t" and len(call.args) < 2 and "locale" not in {k.arg for k in call.keywords}
+        and not ast.literal_eval(call.args[0]).startswith("error.")]
+    assert [found for found in whoever if "'page.title'" not in found] == []
+
+
 def test_no_visible_literal_in_the_pages_code() -> None:
     def literal(node: ast.expr) -> bool:
         texts = [n.value for n in ast.walk(node)
