@@ -43,9 +43,8 @@ install: $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 
 docs: $(VENV)/.run
-	$(BIN)/python -m backend.config > docs/configuration.md
 	$(BIN)/python -m backend.workspace.keys
-	$(BIN)/python -m backend.command_spelling > docs/commands/spelling.md
+	$(BIN)/python -m backend.reference_docs
 	$(BIN)/python -c "import app, backend.command_docs as docs; docs.write(app.make_parser())"
 
 clean:

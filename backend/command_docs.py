@@ -24,16 +24,22 @@ Translate = Callable[[str], str]
 def pages(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Every page, by its file's name."""
     found = {}
-    chinese: dict[str, str] = json.loads((FOLDER / "zh.json").read_text(encoding="utf-8"))
+    other = chinese()
     languages: tuple[tuple[str, str, Translate], ...] = (
         ("", "[中文]({}.zh.md)", lambda text: text),
-        (".zh", "[English]({}.md)", lambda text: chinese.get(text, text)),
+        (".zh", "[English]({}.md)", lambda text: other.get(text, text)),
     )
     for name, command in subcommands(parser).items():
-        for suffix, other, say in languages:
-            head = [f"# {name}", "", other.format(name), "", say(LABELS[0])]
+        for suffix, link, say in languages:
+            head = [f"# {name}", "", link.format(name), "", say(LABELS[0])]
             lines = [*head, *_command(name, command, say, 2)]
             found[f"{name}{suffix}.md"] = "\n".join(lines) + "\n"
+    return found
+
+
+def chinese() -> dict[str, str]:
+    """The Chinese of each text."""
+    found: dict[str, str] = json.loads((FOLDER / "zh.json").read_text(encoding="utf-8"))
     return found
 
 

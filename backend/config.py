@@ -362,38 +362,3 @@ def from_namespace(cls: type[T], namespace: argparse.Namespace, **defaults: Any)
     config = cls(**given)
     validate(config)
     return config
-
-
-def reference_page() -> str:
-    """docs/configuration.md: every setting, as the dataclasses have it."""
-    lines = [
-        "# Configuration",
-        "",
-        "Every setting, made from `backend/config.py` by `make docs`. On the command line it",
-        "is spelled `--its-name`, in a request body of the API `its_name`.",
-        "",
-        "EngineConfig's can be kept for a model: `config set MODEL quant_policy=8`, or the page's",
-        "Config tab. A workspace keeps them in its [config.ini](config_ini.md); those of a plain",
-        "folder, which may be shared, are in `settings/` of the user's data directory",
-        "(`LMDESK_HOME`, else `~/.local/share/lmdesk`). One order everywhere: a flag that is",
-        "given, then the file, then the default; `config show MODEL` tells which it was. `config",
-        "memory MODEL` tells what the memory will hold, `config undo MODEL` takes up to twenty",
-        "changes back.",
-    ]
-    for cls in (EngineConfig, ChatConfig, ServerConfig, SamplingParams):
-        lines += ["", f"## {cls.__name__}", "", (cls.__doc__ or "").splitlines()[0], ""]
-        lines += ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
-        for f in fields(cls):
-            meta = f.metadata
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            low, high = meta["low"], meta["high"]
-            allowed = ", ".join(map(str, meta["choices"] or ()))
-            if low is not None:
-                allowed = f"from {low}" + ("" if high is None else f" to {high}")
-            shown = "" if default in (None, "", (), {}) else default
-            lines.append(f"| `{f.name}` | {shown} | {allowed} | {meta['help']} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(reference_page(), end="")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import app
@@ -105,11 +103,6 @@ def test_the_tables_name_commands_and_flags_that_there_are() -> None:
     for flag, (name, _) in spelling.VALUES.items():
         known = set(flags(find(("serve", "api_server"))))
         assert name in known and flag not in known
-
-
-def test_the_page_of_the_docs_is_made_of_the_tables() -> None:
-    page = Path(app.__file__).parent / "docs" / "commands" / "spelling.md"
-    assert page.read_text(encoding="utf-8") == spelling.reference_page(), "run: make docs"
 
 
 def test_the_page_may_insist_on_a_server_or_a_model(capsys) -> None:

@@ -58,6 +58,7 @@ FLOORS = {
     "backend.chat_commands": 45,
     "backend.command_line": 6,
     "backend.command_docs": 7,
+    "backend.reference_docs": 8,
     "backend.command_examples": 7,
     "backend.command_spelling": 5,
     "backend.model_files": 18,
