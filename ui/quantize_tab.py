@@ -62,6 +62,7 @@ class QuantizeTab:
                                        elem_id="quantize-text")
                 pick = gr.Button(label("quantize.pick"), elem_id="quantize-pick", size="sm",
                                  elem_classes="lmd-quiet-button")
+                unread = gr.HTML(elem_id="quantize-unread", visible=False, **html)
             data_note = gr.HTML(elem_id="quantize-data-note", visible=False, **html)
             self.notes = {"model": model_note, "data": data_note}
             self.plan = gr.HTML(elem_id="quantize-plan", **html)
@@ -78,7 +79,7 @@ class QuantizeTab:
         gr.on(changes, self.on_change, self.fields,
               [self.about, self.own, self.samples, self.seqlen, self.group, *told], **event)
         gr.on(changes, self.on_plan, self.fields, told, trigger_mode="always_last", **event)
-        pick.click(None, [self.text], [self.text, data_note], js=PICK_TEXT)
+        pick.click(None, [self.text], [self.text, unread], js=PICK_TEXT)
         self.start.click(self.on_start, self.fields, [*told, *self.panel.outputs], **event)
         self._event = event
 

@@ -201,6 +201,30 @@ def test_limits_hold_for_each_student(host: ChatPage, ada: ChatPage, model: Fake
     expect(page.locator("#class-max-tokens input")).to_have_value("")
 
 
+def test_the_dashboard_on_a_phone(login: Login, ada: ChatPage) -> None:
+    page = login("林老师", HOST_KEY, locale="zh-CN", viewport=PHONE).page
+    page.get_by_role("tab", name="课堂").click()
+    people = page.locator("#class-people .lmd-people")
+    expect(people).to_contain_text("Ada <b>")
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    # What a thumb is to reach: within the screen's width, and nothing over it.
+    for id in ("class-pause", "class-max-replies input", "class-max-tokens input", "class-save",
+               "class-text button"):
+        part = page.locator(f"#{id}").first
+        part.scroll_into_view_if_needed()
+        part.click(trial=True)
+        box = part.bounding_box()
+        assert box and box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"], id
+    # The table is wider, and goes to and fro by itself, by keys too.
+    people.focus()
+    page.keyboard.press("End")
+    last = people.locator("thead th").last
+    last.scroll_into_view_if_needed()
+    box = last.bounding_box()
+    assert box and box["x"] + box["width"] <= PHONE["width"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
 def test_another_students_chat_is_not_to_be_had_by_its_id(ada: ChatPage, lilei: ChatPage) -> None:
     kept = "Object.entries(sessionStorage).find(([k]) => k.endsWith('.conversation'))"
     key, id = lilei.page.evaluate(kept)
