@@ -140,7 +140,8 @@ class ChatTemplate:
         own = chat_template_source(folder)
         source = chosen(choice) if choice else own
         if choice and own is not None:
-            log.warning("The chat template %s takes the place of the model's own.", choice)
+            log.warning("The chat template %s takes the place of the model's own. If replies are "
+                        "odd, the model was made for another: leave its own.", choice)
         return cls(source or chat_formats.declared(folder), special_tokens(folder))
 
     @classmethod

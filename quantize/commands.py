@@ -43,7 +43,8 @@ def add_commands(group: Any) -> None:
     text = "scales of an int8 KV cache, from a calibration"
     sub = _command(group, "kv_qparams", text, _kv_qparams)
     sub.add_argument("stats", metavar="WORK_DIR", help="--work-dir of lite calibrate")
-    sub.add_argument("model", metavar="MODEL", help="folder of the model that will be served")
+    text = "folder of the model that will be served; or an empty one, to copy them from"
+    sub.add_argument("model", metavar="MODEL", help=text)
     sub.add_argument("--kv-bits", type=int, choices=(8,), default=8, help="bits of K and V")
     _flag(sub, "--kv-sym", False, "ranges as wide below 0 as above")
     sub.add_argument("--num-tp", type=count, default=1, help="ranks to part them into (default: 1)")

@@ -18,8 +18,8 @@ from backend.layers.linear import kv_heads_per_rank
 from backend.layers.parallel import ParallelContext
 from backend.models.kv_params import BITS, FILE_NAME, LARGEST_ZERO, entry_name, stored_params
 from backend.models.registry import read_model_config
-from backend.models.workspace_kv import write_entries
-from backend.workspace.layout import workspace_of
+from backend.models.workspace_kv import is_apart, write_entries
+from backend.workspace.layout import WEIGHTS, workspace_of
 
 
 def head_params(low: Tensor, high: Tensor, symmetric: bool = False) -> Tensor:
@@ -59,7 +59,8 @@ def write_kv_qparams(
 ) -> Path:
     """Write `kv_qparams.json` into a model's folder; an engine that starts on it uses it.
 
-    A workspace gets LMDeploy's files: see backend.models.workspace_kv.
+    A workspace gets LMDeploy's files: see backend.models.workspace_kv. So does a folder that has
+    nothing else, from which they are to be copied into one.
 
     Args:
         keys, values: of each layer, smallest and largest value by KV head and element: [K, D].
@@ -69,14 +70,16 @@ def write_kv_qparams(
         overwrite: whether to replace a file that is there.
 
     Returns:
-        The file's path, or the folder of a workspace's files.
+        The file's path, or the folder of such files.
 
     Raises:
         UserError: the file is there, the ranks and the KV heads do not divide, the folder is no
             model's or cannot be written, its model's values are not those that were seen, or as
             `head_params`.
     """
-    _check_values_unchanged(str(folder))
+    apart = is_apart(folder)
+    if not apart:
+        _check_values_unchanged(str(folder))
     path = Path(folder) / FILE_NAME
     stored = stored_params(folder)
     if stored is not None and not overwrite:
@@ -89,8 +92,10 @@ def write_kv_qparams(
             mine = rows.narrow(0, rank * len(rows) // num_tp, count)
             entries[entry_name(layer, rank)] = mine.tolist()
     workspace = workspace_of(folder)
-    if workspace is not None:
-        return write_entries(workspace, entries, overwrite)
+    if apart or workspace is not None:
+        among = Path(folder) if workspace is None else workspace / WEIGHTS
+        write_entries(among, entries, overwrite)
+        return among
     content = {"bits": BITS, "symmetric": symmetric, "num_tp": num_tp, **entries}
     partial = path.with_name(FILE_NAME + ".partial")
     try:

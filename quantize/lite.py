@@ -18,6 +18,7 @@ from backend.layers.parallel import ParallelContext
 from backend.models.kv_params import read_kv_params, stored_params
 from backend.models.loader import check_model
 from backend.models.registry import read_model_config
+from backend.models.workspace_kv import is_apart
 from backend.tokenizer import Tokenizer
 from backend.workspace.layout import tensor_para_size
 from quantize import preflight
@@ -243,16 +244,20 @@ def free_name(path: str) -> str:
 
 @command
 def kv_qparams(args: argparse.Namespace, progress: Progress) -> int:
-    """Scales of an int8 KV cache from a calibration, into the model's folder."""
+    """Scales of an int8 KV cache from a calibration, into the model's folder, or into one of their
+    own, as LMDeploy's users may have it: they copy them into a workspace then."""
     stats = load_stats(args.stats)
-    config = read_model_config(args.model)
+    apart = is_apart(args.model)
     seen = (stats.info.num_blocks, *stats.keys(0).min.shape)
-    if seen != (config.num_layers, config.num_kv_heads, config.head_dim):
-        raise UserError(
-            f"The calibration in {args.stats} is of a model of another shape than {args.model}.",
-            "Run lite calibrate for this model, or for the one that it was quantized from.",
-        )
-    kv_heads_per_rank(config.num_kv_heads, ParallelContext(0, args.num_tp))  # or it tells
+    if not apart:
+        config = read_model_config(args.model)
+        if seen != (config.num_layers, config.num_kv_heads, config.head_dim):
+            raise UserError(
+                f"The calibration in {args.stats} is of a model of another shape than "
+                f"{args.model}.",
+                "Run lite calibrate for this model, or for the one that it was quantized from.",
+            )
+    kv_heads_per_rank(seen[1], ParallelContext(0, args.num_tp))  # or it tells
     stored = stored_params(args.model)
     if stored is not None and not args.overwrite:
         raise UserError(f"{stored} is there already.", "Give --overwrite to replace it.")
@@ -265,7 +270,7 @@ def kv_qparams(args: argparse.Namespace, progress: Progress) -> int:
     ])
     verdict = None
     ranks = tensor_para_size(args.model)
-    if ranks == 1:
+    if ranks == 1 and not apart:
         verdict = evaluate_model(
             args.model, args.model, evaluation_settings(args), progress,
             KVFormat(args.kv_bits, params),
@@ -283,13 +288,19 @@ def kv_qparams(args: argparse.Namespace, progress: Progress) -> int:
         num_tp=args.num_tp,
         overwrite=args.overwrite,
     )
+    told = (
+        f"{path}: used whenever the KV cache has {args.kv_bits} bits. To have it so: "
+        f"python app.py config set {shlex.quote(args.model)} kv_cache_dtype=int{args.kv_bits}"
+    )
     judged = f"Not judged, because the weights are parted for tp {ranks}."
     if verdict is not None:
         judged = verdict.table()
+    elif apart:
+        judged = "Not judged, because there is no model beside them."
+        told = f"{path}: copy its files into the triton_models/weights of a workspace."
     progress.result(
         {"path": str(path), "verdict": None if verdict is None else verdict.as_dict()},
-        f"{judged}\n{path}: used whenever the KV cache has {args.kv_bits} bits. To have it so: "
-        f"python app.py config set {shlex.quote(args.model)} kv_cache_dtype=int{args.kv_bits}",
+        f"{judged}\n{told}",
     )
     return 0
 

@@ -34,7 +34,17 @@ MAX_BYTES = 1 << 20
 
 def kv_files(root: Path) -> list[Path]:
     """Those that the workspace `root` has."""
-    return sorted(path for path in (root / WEIGHTS).iterdir() if FILE.fullmatch(path.name))
+    return _files_in(root / WEIGHTS)
+
+
+def is_apart(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` is there, and has nothing but such files: they are to be copied from it."""
+    path = Path(folder)
+    return path.is_dir() and all(FILE.fullmatch(entry.name) for entry in path.iterdir())
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if FILE.fullmatch(path.name))
 
 
 def read_entries(root: Path, num_kv_heads: int) -> dict[str, Any] | None:
@@ -85,17 +95,13 @@ def _lmdeploy_row(numbers: tuple[float, ...]) -> list[float]:
     return [k_scale, k_zero - MIDDLE * k_scale, v_scale, v_zero - MIDDLE * v_scale]
 
 
-def write_entries(root: Path, entries: Mapping[str, Any], overwrite: bool) -> Path:
-    """Write a file for each entry; all that were there are replaced.
-
-    Returns:
-        The folder that they are in.
+def write_entries(folder: Path, entries: Mapping[str, Any], overwrite: bool) -> None:
+    """Write a file for each entry into `folder`; all that were there are replaced.
 
     Raises:
         UserError: there are some and not `overwrite`, or they cannot be written.
     """
-    folder = root / WEIGHTS
-    old = kv_files(root)
+    old = _files_in(folder)
     if old and not overwrite:
         raise UserError(f"{old[0]} is there already.", "Give --overwrite to replace it.")
     drafts = []
@@ -115,4 +121,3 @@ def write_entries(root: Path, entries: Mapping[str, Any], overwrite: bool) -> Pa
         for draft in drafts:
             draft.unlink(missing_ok=True)
         raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
-    return folder

@@ -225,3 +225,16 @@ def test_the_engine_uses_them(tmp_path, quant_policy, tolerance, symmetric, capl
     best = max(plain, key=plain.__getitem__)
     assert static != online and abs(static[best] - plain[best]) < tolerance
     assert top_logprobs(folder, text) == plain  # in 16 bits they mean nothing
+
+
+def test_an_empty_folder_gets_a_workspaces_files(tmp_path):
+    """To be copied into one, as LMDeploy's users may do it."""
+    for overwrite in (False, True):
+        assert write_kv_qparams(tmp_path, KEYS, VALUES, overwrite=overwrite) == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"layers.{layer}.past_kv_scale.0.weight" for layer in range(LAYERS)]
+    with pytest.raises(UserError, match="is there already"):
+        write_kv_qparams(tmp_path, KEYS, VALUES)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="config.json"):
+        write_kv_qparams(tmp_path, KEYS, VALUES, overwrite=True)

@@ -133,6 +133,9 @@ HANDS_ON = (
   workspace/triton_models/weights/ \\                  # 保存量化参数的目录，推理要用
   --num-tp 1  \\                                       # Tensor 并行使用的 GPU 数
 """, JUDGED),
+    Line(407, "也可以先把 turbomind_dir 设成私有目录，再把缩放系数拷贝进 workspace",
+         instead="lite kv_qparams $WORK_DIR ./private --num-tp 1",
+         why="the tutorial says it in words; the private folder is there, and empty"),
     Line(411, "quant_policy -> 4", instead="config set ./workspace quant_policy=4", why=EDIT),
     Line(413, "use_context_fmha -> 0", instead="config set ./workspace use_context_fmha=0",
          why=EDIT),

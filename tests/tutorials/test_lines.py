@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -115,8 +116,14 @@ class Story:
             assert ini[key] == value
 
     def do_kv_qparams(self, words: list[str], args: dict) -> None:
+        folder = self.here / args["model"]
+        folder.mkdir(exist_ok=True)
         self.command(words, args)
-        assert len(list(self.here.glob("workspace/triton_models/weights/*past_kv_scale*"))) == 2
+        files = self.here / "workspace/triton_models/weights"
+        for path in folder.glob("*past_kv_scale*"):
+            if folder.name == "private":
+                shutil.copy(path, files)
+        assert len(list(files.glob("*past_kv_scale*"))) == 2
 
     def do_auto_awq(self, words: list[str], args: dict) -> None:
         self.command(words, args)
