@@ -242,7 +242,7 @@ def workspace_kv_cache_dtype(quant_policy: int) -> str:
     """
     if quant_policy not in (0, 4, 8):
         raise UserError(
-            f"quant_policy must be one of 0, 4, 8, not {quant_policy!r}.",
+            f"quant_policy must be one of 0, 4, 8, not {quant_policy!r:.200}.",
             "In a workspace 4 and 8 are int8; for int4 say kv_cache_dtype = int4.",
             field="quant_policy",
         )
@@ -261,11 +261,11 @@ def base_type(annotation: Any) -> tuple[Any, bool]:
 
 def _check_number(name: str, value: Any, kind: type, meta: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{name} must be a number, not {value!r}.", field=name)
+        raise UserError(f"{name} must be a number, not {value!r:.200}.", field=name)
     if kind is int and not isinstance(value, int):
-        raise UserError(f"{name} must be a whole number, not {value!r}.", field=name)
+        raise UserError(f"{name} must be a whole number, not {value!r:.200}.", field=name)
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} must be finite, not {value!r}.", field=name)
+        raise UserError(f"{name} must be finite, not {value!r:.200}.", field=name)
     low, high = meta["low"], meta["high"]
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = (
@@ -273,7 +273,7 @@ def _check_number(name: str, value: Any, kind: type, meta: Any) -> None:
             if None not in (low, high)
             else (f"at least {low}" if high is None else f"at most {high}")
         )
-        raise UserError(f"{name} must be {bounds}, not {value!r}.", field=name)
+        raise UserError(f"{name} must be {bounds}, not {value!r:.200}.", field=name)
 
 
 def validate(config: Any) -> None:
@@ -291,25 +291,25 @@ def validate(config: Any) -> None:
         if kind in (int, float):
             _check_number(f.name, value, kind, meta)
         elif kind is bool and not isinstance(value, bool):
-            raise UserError(f"{f.name} must be true or false, not {value!r}.", field=f.name)
+            raise UserError(f"{f.name} must be true or false, not {value!r:.200}.", field=f.name)
         elif kind is str and not isinstance(value, str):
-            raise UserError(f"{f.name} must be text, not {value!r}.", field=f.name)
+            raise UserError(f"{f.name} must be text, not {value!r:.200}.", field=f.name)
         elif typing.get_origin(kind) is tuple:
             if not isinstance(value, tuple):
-                raise UserError(f"{f.name} must be a list, not {value!r}.", field=f.name)
+                raise UserError(f"{f.name} must be a list, not {value!r:.200}.", field=f.name)
             if typing.get_args(kind)[0] is int:
                 for item in value:
                     _check_number(f.name, item, int, meta)
         elif typing.get_origin(kind) is dict:
             if not isinstance(value, dict):
-                raise UserError(f"{f.name} must be an object, not {value!r}.", field=f.name)
+                raise UserError(f"{f.name} must be an object, not {value!r:.200}.", field=f.name)
             for key, item in value.items():
                 if isinstance(key, bool) or not isinstance(key, int) or key < 0:
-                    raise UserError(f"{f.name} maps token ids, not {key!r}.", field=f.name)
+                    raise UserError(f"{f.name} maps token ids, not {key!r:.200}.", field=f.name)
                 _check_number(f.name, item, float, meta)
         if meta["choices"] and value not in meta["choices"]:
             allowed = ", ".join(map(str, meta["choices"]))
-            raise UserError(f"{f.name} must be one of {allowed}, not {value!r}.", field=f.name)
+            raise UserError(f"{f.name} must be one of {allowed}, not {value!r:.200}.", field=f.name)
 
 
 def parse_bool(text: str) -> bool:

@@ -45,7 +45,7 @@ class BenchmarkPanel:
         with gr.Row():
             self.concurrency = gr.Textbox(SMALL[0], label=label("benchmark.concurrency"),
                                           elem_id="benchmark-concurrency", min_width=130)
-            numbers = [gr.Number(value, label=label(f"benchmark.{name}"), precision=0,
+            numbers = [gr.Number(value, label=label(f"benchmark.{name}"),
                                  elem_id=f"benchmark-{name}", min_width=120)
                        for name, value in zip(("prompt", "completion", "rounds"), SMALL[1:])]
             self.prompt, self.completion, self.rounds = numbers

@@ -17,6 +17,7 @@ from ui.answer import sentence, warn
 from ui.i18n import catalogs, label, locale_of, t
 from ui.job_panel import JobPanel
 from ui.job_view import problem_html
+from ui.sentences import joined
 
 LOCAL = "local"
 EXAMPLE = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -118,7 +119,7 @@ def _helpful(error: Exception, said: str, locale: str) -> str:
     """What is `said` of the error, and for the usual ones what to do on this page."""
     key = f"download.help.{getattr(error, 'code', '')}"
     more = t(key, locale) if key in catalogs()["en"] else ""
-    return f"{said} {more}".strip()
+    return joined(said, more)
 
 
 def plan_html(plan: Plan, locale: str) -> str:

@@ -65,8 +65,12 @@ def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
     """`SamplingParams` from the form's values.
 
     Raises:
-        UserError: naming the first setting that is out of range.
+        UserError: naming the first setting that is empty and may not be, or is out of range.
     """
+    hints = typing.get_type_hints(SamplingParams)
+    for name, value in values.items():
+        if value is None and not base_type(hints[name])[1]:
+            raise UserError(t("error.empty_number", name=name), field=name)
     return SamplingParams(**values)
 
 

@@ -32,7 +32,7 @@ class ModelPanel:
                     [(label(f"models.kv.{choice}"), str(choice)) for choice in KV_CHOICES],
                     value=KV_CHOICES[0], label=label("models.kv"), elem_id="models-kv",
                     filterable=False, scale=2)
-                self.session_len = gr.Number(None, label=label("models.session_len"), precision=0,
+                self.session_len = gr.Number(None, label=label("models.session_len"),
                                              elem_id="models-session-len", scale=1)
             self.question = gr.HTML(elem_id="models-question", visible=False,
                                     apply_default_css=False)
@@ -87,7 +87,7 @@ class ModelPanel:
         try:
             if what == "load":
                 model, kv, session_len = form
-                options: dict[str, Any] = {"session_len": session_len or None}
+                options: dict[str, Any] = {"session_len": session_len}
                 if kv != "default":
                     options |= {"quant_policy": int(kv) if str(kv).isdigit() else kv,
                                 "kv_cache_dtype": None}

@@ -42,7 +42,7 @@ class PerplexityPanel:
             self.kv = gr.Dropdown([(label(f"models.kv.{bits}"), bits) for bits in KV_BITS],
                                   value=KV_BITS[0], label=label("models.kv"), filterable=False,
                                   elem_id="perplexity-kv")
-            self.tokens = gr.Number(8192, label=label("perplexity.tokens"), precision=0,
+            self.tokens = gr.Number(8192, label=label("perplexity.tokens"),
                                     elem_id="perplexity-tokens")
         self.command = gr.HTML(elem_id="perplexity-command", apply_default_css=False)
         with gr.Row(elem_classes="lmd-actions"):

@@ -85,7 +85,7 @@ class QuantizeTab:
 
     @staticmethod
     def _number(value: int, name: str, elem_id: str) -> gr.Number:
-        return gr.Number(value, label=label(f"quantize.{name}"), precision=0, elem_id=elem_id,
+        return gr.Number(value, label=label(f"quantize.{name}"), elem_id=elem_id,
                          min_width=120)
 
     def wire_load(self, page: gr.Blocks) -> None:
