@@ -1,6 +1,7 @@
 """The API page at /docs and the schemas of /openapi.json, made from the request models.
 
-One static page without scripts: it works offline, and cannot disagree with what the server takes.
+One static page: it works offline, and cannot disagree with what the server takes. Its only script
+sends what is written in its one field.
 """
 
 from __future__ import annotations
@@ -95,12 +96,58 @@ for chunk in stream:
     routes = "".join(
         f"<tr><th scope=row><code>{method} {path}</code></th><td>{text}</td></tr>"
         for method, path, text in _ROUTES)
+    bodies = _samples(model)
     return _PAGE.format(
+        paths="".join(f"<option>{path}" for path in bodies), script=_SCRIPT.replace(
+            "SAMPLES", json.dumps(bodies).replace("<", "\\u003c")),  # no name ends the script
         model=escape(model), routes=routes, curl=escape(curl), python=escape(python),
         chat=_table(ChatRequest, defaults), completions=_table(CompletionRequest, defaults),
         message=_table(Message, {}), stream_options=_table(StreamOptions, {}),
         interactive=_table(InteractiveRequest, defaults), encode=_table(EncodeRequest, {}))
 
+
+def _samples(model: str) -> dict[str, str]:
+    """A body to begin with, as text, by route."""
+    sampling = {"temperature": 0.7, "max_tokens": 128, "stream": True}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {
+            "model": model, "messages": [{"role": "user", "content": "Hello!"}], **sampling},
+        "/v1/completions": {"model": model, "prompt": "Once upon a time", **sampling},
+        "/v1/chat/interactive": {
+            "prompt": "Hello!", "session_id": 1, "interactive_mode": True, "stream": True},
+        "/v1/encode": {"input": "Hello!"},
+    }
+    return {path: json.dumps(body, indent=2) for path, body in bodies.items()}
+
+
+# The path is relative: a proxy before the server may add a prefix.
+_SCRIPT = """
+const samples = SAMPLES, at = id => document.getElementById(id);
+const path = at("path"), body = at("body"), send = at("send"), answer = at("answer");
+const fill = () => { body.value = samples[path.value]; };
+let open = null;
+path.onchange = fill;
+fill();
+send.onclick = async () => {
+  if (open) { open.abort(); return; }
+  open = new AbortController();
+  send.textContent = "Stop";
+  answer.hidden = false;
+  answer.textContent = "";
+  try {
+    const reply = await fetch(path.value.slice(1), {
+      method: "POST", body: body.value, signal: open.signal,
+      headers: {"Content-Type": "application/json"}});
+    answer.textContent = `${reply.status} ${reply.statusText}\\n\\n`;
+    const pieces = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let piece; !(piece = await pieces.read()).done;) answer.append(piece.value);
+  } catch (error) {
+    answer.append(`\\n${error.message}`);
+  }
+  open = null;
+  send.textContent = "Send";
+};
+"""
 
 _ROUTES = (
     ("POST", "/v1/chat/completions", "the assistant's next turn"),
@@ -129,6 +176,11 @@ table {{ border-collapse: collapse; width: 100%; display: block; overflow-x: aut
 th, td {{ text-align: left; vertical-align: top; padding: .35rem .7rem .35rem 0;
          border-bottom: 1px solid #d9dce3; font-weight: normal; }}
 thead th {{ font-weight: 600; }}
+textarea {{ font: .9em/1.5 ui-monospace, Consolas, monospace; width: 100%; padding: .6rem .8rem;
+           box-sizing: border-box; color: inherit; background: inherit; }}
+#answer {{ white-space: pre-wrap; max-height: 30rem; overflow-y: auto; }}
+select, button {{ font: inherit; padding: .3rem .8rem; color: inherit; background: inherit; }}
+textarea, select, button {{ border: 1px solid #8a90a0; border-radius: 6px; }}
 @media (prefers-color-scheme: dark) {{
   body {{ color: #e6e8ee; background: #16181d; }}
   pre {{ background: #22252d; }}
@@ -141,6 +193,12 @@ numbers must be numbers, and unknown fields are refused by name, so that no sett
 slip.</p>
 <h2>Routes</h2>
 <table><tbody>{routes}</tbody></table>
+<h2>Try it</h2>
+<p><label>POST <select id="path">{paths}</select></label></p>
+<textarea id="body" rows="12" spellcheck="false" aria-label="body, in JSON"></textarea>
+<p><button id="send">Send</button></p>
+<pre id="answer" role="log" tabindex="0" hidden></pre>
+<script>{script}</script>
 <h2>Examples</h2>
 <pre>{curl}</pre>
 <pre>{python}</pre>
