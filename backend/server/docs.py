@@ -108,13 +108,13 @@ for chunk in stream:
 
 def _samples(model: str) -> dict[str, str]:
     """A body to begin with, as text, by route."""
-    sampling = {"temperature": 0.7, "max_tokens": 128, "stream": True}
+    sampling = {"temperature": 0.7, "max_tokens": 128, "stream": False}  # whole is easier to read
     bodies: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": {
             "model": model, "messages": [{"role": "user", "content": "Hello!"}], **sampling},
         "/v1/completions": {"model": model, "prompt": "Once upon a time", **sampling},
         "/v1/chat/interactive": {
-            "prompt": "Hello!", "session_id": 1, "interactive_mode": True, "stream": True},
+            "prompt": "Hello!", "session_id": 1, "interactive_mode": True, "stream": False},
         "/v1/encode": {"input": "Hello!"},
     }
     return {path: json.dumps(body, indent=2) for path, body in bodies.items()}

@@ -35,9 +35,13 @@ def page(browser: Browser, served: Served) -> Iterator[Page]:
 
 def test_a_body_is_sent_and_the_answer_shown(page: Page) -> None:
     answer = page.get_by_role("log")
-    assert json.loads(page.get_by_role("textbox").input_value())["model"] == NAME
+    sample = json.loads(page.get_by_role("textbox").input_value())
+    assert sample["model"] == NAME
     page.get_by_role("button", name="Send").click()
     expect(answer).to_contain_text("200 OK")
+    expect(answer).to_contain_text('"content":"Hello!"')
+    page.get_by_role("textbox").fill(json.dumps({**sample, "stream": True}))
+    page.get_by_role("button", name="Send").click()
     expect(answer).to_contain_text("data: [DONE]")
     page.get_by_role("textbox").fill('{"messages": "hi <b>", "temperature": 9}')
     page.get_by_role("button", name="Send").click()
