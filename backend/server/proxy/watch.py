@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 CHECK_INTERVAL_SECONDS = 1.0  # between two checks of a node
 # That a request waits for a node that is gone: long enough for a server that is started again with
 # a small model, short enough for somebody who waits in vain.
-RETURN_SECONDS = 3.0
+RETURN_SECONDS = 10.0
 
 
 class Watch:
