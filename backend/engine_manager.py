@@ -146,6 +146,7 @@ class EngineManager:
         """
         chosen = {k: v for k, v in {**self.defaults, **(options or {})}.items() if v is not None}
         request = LoadRequest(model, chosen, chat or ChatConfig())
+        await asyncio.to_thread(request.config)  # nobody is asked about replies for a wrong option
         self._check_unused(force)
         service = await asyncio.to_thread(open_chat, request, self._launch)
         before = self._as_it_is()

@@ -134,6 +134,8 @@ def test_open_replies_are_asked_for_and_end_in_an_error(other: Path):
             with pytest.raises(RepliesOpenError) as caught:
                 await change()
             assert caught.value.count == 1
+        with pytest.raises(UserError, match="session_len must be at least 16"):
+            await manager.load(str(other), {"session_len": 0})  # wrong, whatever is open
         assert not replies[0].done()
         await manager.load(str(other), force=True)
         with pytest.raises(EngineDeadError, match="unloaded to load other"):
