@@ -102,13 +102,21 @@ class QuantizeTab:
         paths = [path for _, path in choices]
         return gr.update(choices=choices, value=chosen if chosen in paths else paths[0])
 
-    async def on_change(self, *values: Any) -> Updates:
+    async def on_change(
+        self, model: Any, method: Any, dataset: Any, samples: Any, seqlen: Any, group: Any,
+        tokens: Any, text: Any, request: gr.Request,
+    ) -> Updates:
         """What can be said at once; `on_plan` follows."""
-        form = QuantizeForm(*values)
-        method = form.method if form.method in METHODS else next(iter(METHODS))
+        form = QuantizeForm(model, method, dataset, samples, seqlen, group, tokens, text)
+        locale, told = locale_of(request), self._told()
+        try:
+            await asyncio.to_thread(form.argv, self.library, locale)
+        except Exception as error:
+            told = self._refused(error, sentence(error, locale))
+        method = method if method in METHODS else next(iter(METHODS))
         how = METHODS[method]
         return {
-            **self._told(), self.about: label(f"quantize.about.{method}"),
+            **told, self.about: label(f"quantize.about.{method}"),
             self.own: gr.update(visible=how.calibrates and form.dataset == OWN),
             self.samples: gr.update(interactive=how.calibrates),
             self.seqlen: gr.update(interactive=how.calibrates),

@@ -26,6 +26,7 @@ from ui.build import build_ui
 from ui.class_tab import ClassTab
 from ui.guide_tab import GuideTab
 from ui.model_panel import ModelPanel
+from ui.quantize_tab import QuantizeTab
 
 DEMO = ROOT / "assets" / "demo_model"
 
@@ -37,10 +38,14 @@ def request(locale: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> gr.Blocks:
-    services = Services(
+def services(tmp_path_factory: pytest.TempPathFactory) -> Services:
+    return Services(
         FakeChat(), engines=EngineManager(), jobs=JobStore(tmp_path_factory.mktemp("jobs")),
         library=ModelLibrary(DEMO, []))
+
+
+@pytest.fixture(scope="module")
+def page(services: Services) -> gr.Blocks:
     return build_ui(services)
 
 
@@ -80,8 +85,9 @@ def test_limits_of_a_class(
 
 @pytest.mark.parametrize(("locale", "told"), [
     ("en", "'none' is not one of the choices."), ("zh-CN", "'none' 不在可选项中。")])
-def test_a_step_of_the_guide(toasts: list[str], locale: str, told: str) -> None:
-    services = Services(FakeChat(), library=ModelLibrary(DEMO, []))
+def test_a_step_of_the_guide(
+    services: Services, toasts: list[str], locale: str, told: str
+) -> None:
     with gr.Blocks():
         tab = GuideTab(services)
     asyncio.run(tab.on_good(str(DEMO), "none", request(locale)))
@@ -93,10 +99,8 @@ def test_a_step_of_the_guide(toasts: list[str], locale: str, told: str) -> None:
     (1.5, "session_len must be a whole number, not 1.5.", "session_len 必须是整数，而不是 1.5。"),
     ("<b>", "session_len must be a number, not '<b>'.", "session_len 必须是数字，而不是 '<b>'。")])
 def test_a_conversations_length(
-    toasts: list[str], session_len: Any, en: str, zh: str
+    services: Services, toasts: list[str], session_len: Any, en: str, zh: str
 ) -> None:
-    services = Services(
-        FakeChat(), engines=EngineManager(), library=ModelLibrary(DEMO, []))
     with gr.Blocks():
         panel = ModelPanel(services)
     for locale in ("en", "zh-CN"):
@@ -139,3 +143,21 @@ def test_a_long_value_is_not_repeated_whole() -> None:
 def test_no_number_is_rounded_in_silence(page: gr.Blocks, name: str) -> None:
     field = next(b for b in page.blocks.values() if getattr(b, "elem_id", "") == name)
     assert isinstance(field, gr.Number) and field.preprocess(1.5) == 1.5
+
+
+@pytest.mark.parametrize(("locale", "told"), [
+    ("en", "Samples must be a whole number from 1 to 65536."),
+    ("zh-CN", "样本数 必须是 1 到 65536 的整数。")])
+def test_a_wrong_quantization_is_told_at_once(
+    services: Services, locale: str, told: str
+) -> None:
+    with gr.Blocks():
+        tab = QuantizeTab(services)
+    for samples in (0, -1, 1.5, None, "<b>", 1 << 20):
+        said = asyncio.run(tab.on_change(
+            str(DEMO), "w4a16", "bundled", samples, 16, "128", 64, "", request(locale)))
+        assert told in said[tab.notes["data"]]["value"]
+        assert said[tab.start] == gr.update(interactive=False)
+    right = asyncio.run(tab.on_change(
+        str(DEMO), "w4a16", "bundled", 1, 16, "128", 64, "", request(locale)))
+    assert right[tab.start] == gr.update(interactive=True)
