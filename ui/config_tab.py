@@ -6,6 +6,7 @@ decided here is decided again by `backend.workspace.editor` when it is saved.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from html import escape
@@ -59,6 +60,8 @@ class ConfigTab:
             self.model = gr.Dropdown(
                 [], label=label("settings.model"), elem_id="config-model", filterable=True)
             self.reload = gr.Button(label("settings.reload"), elem_id="config-reload", size="sm")
+        # The style sheet shows it as long as nothing is told about the file.
+        gr.Markdown(label("settings.reading"), elem_id="config-reading", elem_classes="lmd-quiet")
         self.about = gr.HTML(elem_id="config-about", apply_default_css=False)
         # Of the file as the form shows it; the server keeps it, a session each.
         self.seen = gr.State("")
@@ -132,7 +135,7 @@ class ConfigTab:
     # Events
 
     async def on_open(self, chosen: str | None) -> Any:
-        models = self.library.models()
+        models = await asyncio.to_thread(self.library.models)
         choices = [(model.name, str(model.path)) for model in models]
         served = self._served()
         paths = [path for _, path in choices]
@@ -144,7 +147,8 @@ class ConfigTab:
         locale = locale_of(request)
         try:
             file = self._file(model)
-            yield self._shown(file, locale)
+            # Whoever is here first has torch loaded, which takes seconds: not of everybody's.
+            yield await asyncio.to_thread(self._shown, file, locale)
             yield await self._meant(file, {}, locale)
         except UserError as error:
             yield self._hidden(error, locale)

@@ -194,7 +194,7 @@ class AsyncEngine:
         if isinstance(event, messages.Outputs):
             self._on_outputs(event)
         elif isinstance(event, messages.Ready):
-            self.info, self.state, self.detail = event.info, "ready", ""
+            self.info, self.stats, self.state, self.detail = event.info, event.stats, "ready", ""
             self._longest_step_s = 0.0
             self._abort_unanswered = False
             self._settled.set()

@@ -45,6 +45,7 @@ class Shutdown(msgspec.Struct, tag=True):
 class Ready(msgspec.Struct, tag=True):
     epoch: int
     info: ModelInfo
+    stats: EngineStats
 
 
 class LoadFailed(msgspec.Struct, tag=True):

@@ -33,7 +33,8 @@ def serve(
     except UserError as error:
         _send_failure(connection, start.epoch, error)
         return
-    connection.send_bytes(messages.encode(messages.Ready(start.epoch, engine.runner.info)))
+    ready = messages.Ready(start.epoch, engine.runner.info, engine.stats())
+    connection.send_bytes(messages.encode(ready))
     try:
         while (refused := _obey(engine, connection)) is not None:
             outputs = refused + engine.step()

@@ -69,6 +69,8 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 def test_many_streams_are_not_mixed_and_aborts_free_everything(launch):
     async def test():
         async with running(launch) as engine:
+            assert engine.stats is not None and engine.info is not None
+            assert engine.stats.num_blocks_free == engine.info.num_blocks  # told before any step
 
             async def one(i: int) -> None:
                 prompt = [i % 256, i // 256] * 20
@@ -84,7 +86,6 @@ def test_many_streams_are_not_mixed_and_aborts_free_everything(launch):
             await asyncio.gather(*(one(i) for i in range(90)))
             assert await reply(engine, request("last", [5])) == [5, EOS]
             stats = engine.stats
-            assert stats is not None and engine.info is not None
             assert stats.num_running == stats.num_waiting == 0
             assert stats.num_blocks_free + stats.num_blocks_cached == engine.info.num_blocks
             assert engine.healthy()
