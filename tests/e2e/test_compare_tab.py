@@ -170,6 +170,14 @@ def test_one_after_the_other_and_the_served_model_leaves_when_it_may(
     assert desk.services.comparisons.spare.loads == []
 
 
+def unfold(page: Page, section: str) -> None:
+    """Open a section, and let Gradio fill its fields, which takes it some frames: it would write
+    over what is typed before."""
+    page.locator(f"#{section} > button").click()
+    page.evaluate("""() => new Promise((done) => requestAnimationFrame(
+        () => requestAnimationFrame(() => requestIdleCallback(done))))""")
+
+
 @contextmanager
 def held(desk: Desk) -> Iterator[None]:
     """Replies go no further than their first piece."""
@@ -189,7 +197,7 @@ def held(desk: Desk) -> Iterator[None]:
 def test_stop_and_a_closed_tab_free_the_engine(new_page: Open, desk: Desk) -> None:
     chat = open_tab(new_page, desk)
     page, room = chat.page, desk.services.comparisons
-    page.locator("#compare-settings > button").click()
+    unfold(page, "compare-settings")
     page.locator("#compare-temperature input").fill("9")
     ask(page)
     expect(chat.toast).to_contain_text("temperature must be")
@@ -209,7 +217,7 @@ def test_stop_and_a_closed_tab_free_the_engine(new_page: Open, desk: Desk) -> No
 
 
 def test_a_benchmark_is_plotted_and_taken_along(new_page: Open, page: Page, desk: Desk) -> None:
-    page.locator("#benchmark-section > button").click()
+    unfold(page, "benchmark-section")
     streams = page.locator("#benchmark-concurrency textarea, #benchmark-concurrency input")
     streams.fill("1 x")
     streams.press("Tab")
@@ -224,7 +232,7 @@ def test_a_benchmark_is_plotted_and_taken_along(new_page: Open, page: Page, desk
     expect(page.locator("#job-benchmark-view .lmd-pill")).to_be_visible()
     # Another browser is attached to the same job, in another language and on a phone.
     phone = open_tab(new_page, desk, viewport={"width": 390, "height": 844}, locale="zh-CN").page
-    phone.locator("#benchmark-section > button").click()
+    unfold(phone, "benchmark-section")
     for shown, words in ((page, "Throughput"), (phone, "总吞吐")):
         view = shown.locator("#job-benchmark-view")
         expect(view.locator("[data-state=finished]").first).to_be_visible(timeout=LONG_MS)
@@ -239,7 +247,7 @@ def test_a_benchmark_is_plotted_and_taken_along(new_page: Open, page: Page, desk
 
 
 def test_perplexity_has_a_verdict(page: Page) -> None:
-    page.locator("#perplexity-section > button").click()
+    unfold(page, "perplexity-section")
     choose(page, "perplexity-against", "demo_model")
     choose(page, "perplexity-kv", "8 bits")
     page.locator("#perplexity-tokens input").fill("256")
