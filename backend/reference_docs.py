@@ -44,11 +44,17 @@ ABOUT_SPELLINGS = (
 def pages() -> dict[Path, str]:
     """Every page, by its file."""
     other = chinese()
+
+    def english(text: str) -> str:
+        return text
+
+    def translated(text: str) -> str:
+        return other.get(text, text)
+
     found = {}
     for name, make in (("../configuration", _configuration), ("spelling", _spelling)):
         for suffix, link, say in (
-            ("", "[中文]({}.zh.md)", lambda text: text),
-            (".zh", "[English]({}.md)", lambda text: other.get(text, text)),
+            ("", "[中文]({}.zh.md)", english), (".zh", "[English]({}.md)", translated),
         ):
             title, *rest = make(say)
             head = [f"# {title}", "", link.format(Path(name).name)]
