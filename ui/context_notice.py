@@ -27,22 +27,26 @@ class ContextNotice:
                 self.drop = gr.Button(label("context.drop"), elem_id="context-drop", size="sm")
                 self.new = gr.Button(label("context.new"), elem_id="context-new", size="sm")
                 self.go_on = gr.Button(label("context.go_on"), elem_id="context-go-on", size="sm")
-        self.outputs = (self.panel, self.text, self.drop)
+        self.outputs = (self.panel, self.text, self.drop, self.go_on)
 
     def hidden(self) -> dict[Any, Any]:
         return {self.panel: gr.update(visible=False)}
 
     def shown(self, use: ContextUse, droppable: bool, locale: str) -> dict[Any, Any]:
-        """The panel, with what a message would make of the context.
+        """The panel, with what a message would make of the context, which is known.
 
         Args:
             droppable: there are turns that could be dropped.
         """
-        text = t("context.notice", locale, tokens=use.tokens, limit=use.limit)
+        assert use.tokens is not None and use.limit is not None
+        fits = use.tokens < use.limit
+        text = t("context.notice" if fits else "context.too_long", locale,
+                 tokens=use.tokens, limit=use.limit)
         return {
             self.panel: gr.update(visible=True),
             self.text: f'<div role="alert">{html.escape(text)}</div>',
             self.drop: gr.update(visible=droppable),
+            self.go_on: gr.update(visible=fits),
         }
 
 

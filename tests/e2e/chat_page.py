@@ -59,13 +59,13 @@ class ChatPage:
         self.box.fill(message)
         self.box.press("Enter")
 
-    def wait_reply(self, number: int, timeout_s: float = 30) -> str:
+    def wait_reply(self, number: int, timeout_s: float = 60) -> str:
         """Wait until `number` turns are finished; the text of the last reply."""
         expect(self.page.locator("#chat .bot-row")).to_have_count(number, timeout=timeout_s * 1000)
         self.wait_idle(timeout_s)
         return self.turns()[-1][1]
 
-    def wait_idle(self, timeout_s: float = 30) -> None:
+    def wait_idle(self, timeout_s: float = 60) -> None:
         """Wait until no reply is being written."""
         expect(self.page.locator("button#send")).to_be_visible(timeout=timeout_s * 1000)
 

@@ -20,7 +20,7 @@ QUIET = [  # the browser's own traffic; --no-sandbox because CI runs as root
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """One a module: while it is open, this thread has an event loop that others would trip over."""
-    expect.set_options(timeout=30_000)  # a busy machine draws slowly
+    expect.set_options(timeout=60_000)  # a busy machine draws slowly
     with sync_playwright() as playwright:
         try:  # without a path, the browser that `playwright install` fetched
             browser = playwright.chromium.launch(executable_path=find_browser(), args=QUIET)

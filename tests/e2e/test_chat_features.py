@@ -183,9 +183,9 @@ def test_before_the_context_is_full_there_is_a_choice(
 ) -> None:
     notice = chat.page.locator("#context-notice")
     ask(chat, "one " * 20, "two " * 20)
-    monkeypatch.setattr(INFO, "session_len", 110)
+    monkeypatch.setattr(INFO, "session_len", 150)
     chat.send("three " * 20)
-    expect(notice).to_contain_text("of 110 tokens of the context")
+    expect(notice).to_contain_text("of 150 tokens of the context")
     assert len(chat.turns()) == 2 and "three" not in model.seen[-1][-1]["content"]
     notice.get_by_role("button", name="Drop the oldest turns").click()
     chat.wait_reply(3)
@@ -194,8 +194,10 @@ def test_before_the_context_is_full_there_is_a_choice(
     assert sent[-1] == "three" and "one" not in sent
     assert "no longer sent" in chat.stats()[0]
 
-    four = "four " * 90
+    four = "four " * 126
     chat.send(four)
+    expect(notice).to_contain_text("does not fit")
+    expect(notice.get_by_role("button", name="Go on")).not_to_be_visible()
     notice.get_by_role("button", name="New chat").click()
     expect(chat.page.locator("#chat .user-row")).to_have_count(0)
     expect(chat.box).to_have_value(four)  # it comes along

@@ -6,6 +6,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 
 from backend.chat import ReplyStats
@@ -14,7 +15,7 @@ from backend.errors import UserError
 from backend.history import History, Turn
 from tests.unit.chats import ANNA, BERT, CHAT, Backend, Clock, begin, run, talk, until
 from ui import chat_view, conversations, forms
-from ui.context_notice import turns_to_drop
+from ui.context_notice import ContextNotice, turns_to_drop
 from ui.conversations import Conversation, ConversationStore
 
 
@@ -235,6 +236,15 @@ def test_as_few_turns_are_dropped_as_needed(words: int, expected: int) -> None:
     conversation = Conversation(turns=[Turn(text, "r", "stop") for _ in range(4)])
     dropped = asyncio.run(turns_to_drop(Counter(), conversation, 4, "w " * 30))
     assert dropped == expected
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(95, True), (99, True), (100, False), (9000, False)])
+def test_nobody_is_offered_to_go_on_with_what_does_not_fit(tokens: int, fits: bool) -> None:
+    with gr.Blocks():
+        notice = ContextNotice()
+    shown = notice.shown(chat_view.ContextUse(tokens, 100), True, "en")
+    assert shown[notice.go_on]["visible"] is fits
+    assert ("does not fit" in shown[notice.text]) is not fits
 
 
 def test_form_has_the_bounds_and_defaults_of_sampling_params() -> None:
