@@ -54,7 +54,7 @@ class ChatTab:
             *self.thread.turns, *self.notice.outputs, self.meter, self.box, self.returned,
             self.send, self.stop, self.resume, self.asked, self.going_on]
         self.outputs = [
-            *self.begun, *self.thread.outputs[2:], *self.list.outputs, self.title, self.delete]
+            *self.begun, *self.thread.growing, *self.list.outputs, self.title, self.delete]
         self.for_hosts = [self.remote.server] if self.remote else []
         self._wire()
 

@@ -45,13 +45,13 @@ class ChatThread:
                 fold.click(None, js="() => window.LMDESK.toggleThoughts()")
                 self.thoughts = self._markdown("live-thoughts")
             self.live = self._markdown("live")
+            self.growing = (self.thoughts, self.live)
             self.turn_stats = gr.HTML(elem_id="turn-stats", apply_default_css=False)
             # Both pressed by the page's script.
             draw = gr.Button(label("chat.thread"), elem_id="draw-reply")
-            draw.click(None, None, [self.thoughts, self.live], js="() => window.LMDESK.reply")
+            draw.click(None, None, list(self.growing), js="() => window.LMDESK.reply")
             self.show = gr.Button(label("chat.thread"), elem_id="show-reply")
         self.turns = (self.chatbot, self.turn_stats)
-        self.outputs = (*self.turns, self.thoughts, self.live)
 
     def _markdown(self, elem_id: str) -> gr.Markdown:
         return gr.Markdown(

@@ -41,15 +41,16 @@
     if (!answer.ok) return;
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
+    let begun = false; // nothing at all means that there is no reply, or not any more
     for (;;) {
       const { done, value } = await reader.read();
-      if (done && mine.begun) throw new Error("The reply broke off.");
+      if (done && begun) throw new Error("The reply broke off.");
       if (done) return;
       const lines = (rest + value).split("\n");
       rest = lines.pop();
       for (const line of lines) {
         const { set, add, ended } = JSON.parse(line);
-        mine.begun = true;
+        mine.begun = begun = true;
         if (ended) return;
         Object.assign(texts, set);
         for (const name of Object.keys(add || {})) texts[name] += add[name];

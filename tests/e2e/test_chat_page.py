@@ -123,8 +123,9 @@ def test_reload_in_the_middle_finds_the_reply_still_growing(
     chat.wait_reply(2)
 
 
-def test_a_reply_goes_on_when_the_tunnel_was_cut(
-    new_page: Open, url: str, model: FakeChat
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["goes on", "ends meanwhile"])
+def test_a_reply_is_found_again_when_the_tunnel_was_cut(
+    new_page: Open, url: str, model: FakeChat, meanwhile: bool
 ) -> None:
     script = model.scripts["tunnel"] = Script(["half a reply", " and the rest"], hold_at=1)
     with tunnel_to(url) as tunnel:
@@ -133,6 +134,8 @@ def test_a_reply_goes_on_when_the_tunnel_was_cut(
         expect(page.live).to_contain_text("half a reply")
         with page.page.expect_request("**/page/reply/**"):
             tunnel.cut()
+            if meanwhile:
+                script.go.set()
         script.go.set()
         assert page.wait_reply(1, timeout_s=90) == "half a reply and the rest"
         page.send("go on")
