@@ -214,7 +214,7 @@ def test_several_browsers_do_not_wait_or_mix(
 @pytest.mark.parametrize(("field", "value", "sentence"), [
     ("temperature", "5", "temperature must be from 0.0 to 2.0, not 5."),
     ("max_tokens", "1.5", "max_tokens must be a whole number, not 1.5."),
-    ("top_p", "", "top_p must be a number"),
+    ("top_p", "", "top_p is empty: a number is needed"),
 ])
 def test_bad_settings_keep_the_message(
     chat: ChatPage, field: str, value: str, sentence: str
