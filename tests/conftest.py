@@ -6,6 +6,7 @@ start, because Triton's own functions are made for one or the other when it is i
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,10 @@ from hypothesis import HealthCheck, settings
 from tests.ops import gpu_device
 
 assert gpu_device.DEVICE
+
+# Ctrl-C is ignored by what a shell runs in the background, and so by all that it starts in turn.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says how busy the machine is, and nothing of the code.
 settings.register_profile(
