@@ -43,9 +43,13 @@ class ChatPage:
         return self.wait_open()
 
     def reload(self) -> ChatPage:
-        """Reload; Gradio's own complaint about a stream that this breaks is no problem."""
+        """Reload the page."""
         self.page.reload()
         self.wait_open()
+        return self.left()
+
+    def left(self) -> ChatPage:
+        """Gradio's own complaint about a stream that leaving the page has broken is no problem."""
         ends = ("AbortError", "errored out")
         self.problems = [p for p in self.problems if not any(end in p for end in ends)]
         return self

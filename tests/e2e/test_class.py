@@ -238,3 +238,4 @@ def test_logging_out_ends_it(ada: ChatPage, url: str) -> None:
     ada.page.get_by_role("button", name="Log out").click()
     expect(ada.page.locator("#key")).to_be_visible()
     assert ada.page.goto(url).status == 401
+    ada.left()
