@@ -1,5 +1,5 @@
 // A growing reply: read from a request of its own (ui/reply_stream.py), and drawn as fast as the
-// browser can without doing nothing else.
+// browser can beside everything else.
 (() => {
   "use strict";
   const desk = window.LMDESK;
