@@ -30,6 +30,8 @@ class ChatActions:
         self.version = gr.Number(visible=False, precision=0)
         # Pressed by the page's script, which draws the versions' buttons under the replies.
         self.pick = gr.Button(label("chat.version"), elem_id="pick-version")
+        # Pressed when the user has said yes; an event that waits for that would let no other begin.
+        self.delete = gr.Button(label("chat.delete"), elem_id="delete-surely")
         self.opened = [
             tab.conversation_id, *tab.settings.fields, tab.settings.presets.choice, *tab.outputs]
         self._wire_chats()
@@ -56,9 +58,9 @@ class ChatActions:
         self._opens(chats.new.click, chat_id, "window.LMDESK.newChat()")
         left = tab.notice.new.click(self.on_leave_full, tab.form, [tab.returned], **EVENT)
         self._opens(left.then(**tab.give_back).then, chat_id, "window.LMDESK.newChat()")
-        deleted = tab.delete.click(
-            self.on_delete, [chat_id], [], js="(id) => [window.LMDESK.confirmDelete(id)]", **EVENT)
-        self._opens(deleted.then, chat_id, "window.LMDESK.afterDelete()")
+        tab.delete.click(None, js="() => window.LMDESK.confirmDelete()")
+        deleted = self.delete.click(self.on_delete, [chat_id], [], **EVENT)
+        self._opens(deleted.then, chat_id, "window.LMDESK.newChat()")
         chats.search.change(self.on_list, tab.form, list(chats.outputs),
                             trigger_mode="always_last", **EVENT)
         chats.more.click(self.on_more, tab.form, [chats.shown, *chats.outputs], **EVENT)
@@ -118,10 +120,8 @@ class ChatActions:
                 **await tab.list.updates(owner, chat_id, search, shown)}
 
     async def on_delete(self, chat_id: str, request: gr.Request) -> None:
-        """Delete the chat; "" is what the page sends when its user thought better of it."""
-        if chat_id:
-            store, owner = self.tab.store, self.tab.owner(chat_id, request)
-            await store.delete(await store.open(owner, chat_id))
+        store, owner = self.tab.store, self.tab.owner(chat_id, request)
+        await store.delete(await store.open(owner, chat_id))
 
     async def on_leave_full(self, form: Form) -> Updates:
         """The message that did not fit goes along to the new chat."""

@@ -23,12 +23,9 @@
   desk.origin = () => (window.gradio_config?.root || location.origin + location.pathname)
     .replace(/\/+$/, "");
 
-  let deleted = false;
-  desk.confirmDelete = (id) => {
-    deleted = window.confirm(text("confirm_delete"));
-    return deleted ? id : "";
+  desk.confirmDelete = () => {
+    if (window.confirm(text("confirm_delete"))) document.querySelector("#delete-surely").click();
   };
-  desk.afterDelete = () => (deleted ? desk.newChat() : desk.conversationId());
 
   desk.download = (file) => {
     const { name, text: content } = JSON.parse(file);

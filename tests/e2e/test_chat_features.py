@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from backend.services import Services
 from tests.e2e.chat_page import ChatPage
@@ -87,11 +87,25 @@ def test_chats_are_searched_renamed_and_deleted(chat: ChatPage) -> None:
     chat.reload()
     expect(chat.title).to_have_value("Marsupials")
 
+    # Whoever says no and then yes waits for nothing between the two, however slow the server is.
+    held: list[Route] = []
+    slow = True
+
+    def hold(route: Route) -> None:
+        if slow:
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/queue/join*", hold)
     page.once("dialog", lambda dialog: dialog.dismiss())
     page.locator("#delete-chat").click()
-    expect(page.locator("#chat .user-row")).to_have_text("about kangaroos")  # still there
     page.once("dialog", lambda dialog: dialog.accept())
     page.locator("#delete-chat").click()
+    expect(page.locator("#chat .user-row")).to_have_text("about kangaroos")  # still there
+    slow = False
+    for route in held:
+        route.continue_()
     expect(page.locator("#chat .user-row")).to_have_count(0)
     expect(page.locator("#chat-choices label")).to_have_text(["关于量化的问题"])
 
