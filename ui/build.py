@@ -1,14 +1,15 @@
 """Puts the page together and mounts it on the web server.
 
 A tab is a file with a class: `XTab(services)` builds its components inside the current layout and
-wires them, `wire_load(page)` adds what happens when the page is opened. `TABS` names them all.
+wires them, `wire_opening(page, tab)` adds what happens when they are opened. `TABS` names them all.
+Whoever opens the page waits for all that happens then, so a tab does its part when it is looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import gradio as gr
 from fastapi import FastAPI
@@ -26,6 +27,7 @@ from ui.i18n import gradio_i18n, label, t
 from ui.jobs_tab import JobsTab
 from ui.language import ChosenLanguage
 from ui.owner import OwnerCookie
+from ui.page_files import PageFiles
 from ui.quantize_tab import QuantizeTab
 from ui.roles import Page, StudentRoutes
 from ui.sentences import SENTENCE, in_words
@@ -35,8 +37,8 @@ from ui.status_bar import StatusBar
 class Tab(Protocol):
     """What every tab's class is."""
 
-    def wire_load(self, page: Page) -> None:
-        """Add the tab's part of opening or reloading the page."""
+    def wire_opening(self, page: Page, tab: gr.Tab) -> None:
+        """Add what happens when the page, or this tab of it, is opened."""
 
 
 class TabEntry(NamedTuple):
@@ -50,6 +52,7 @@ class TabEntry(NamedTuple):
         student: whether it is for students, too; what is in others, Gradio's page hides from them
             and `Page` refuses them.
         for_class: whether there is it only where there is a class.
+        side: of the bar of tabs: at the left what makes models ready, at the right what uses them.
     """
 
     id: str
@@ -57,17 +60,20 @@ class TabEntry(NamedTuple):
     restful: bool = False
     student: bool = False
     for_class: bool = False
+    side: Literal["left", "right"] = "left"
 
 
-TABS: tuple[TabEntry, ...] = (  # in the order in which they stand
+# On each side in the order in which they stand. At each step of an event, Gradio's script looks for
+# each component that it concerns from the first on; so what many use all the time is built first.
+TABS: tuple[TabEntry, ...] = (
+    TabEntry("chat", ChatTab, restful=True, student=True, side="right"),
+    TabEntry("compare", CompareTab, restful=True, student=True, side="right"),
+    TabEntry("jobs", JobsTab, side="right"),
+    TabEntry("class", ClassTab, restful=True, for_class=True, side="right"),
     TabEntry("guide", GuideTab),
     TabEntry("download", DownloadTab),
     TabEntry("quantize", QuantizeTab),
     TabEntry("config", ConfigTab),
-    TabEntry("chat", ChatTab, restful=True, student=True),
-    TabEntry("compare", CompareTab, restful=True, student=True),
-    TabEntry("jobs", JobsTab),
-    TabEntry("class", ClassTab, restful=True, for_class=True),
 )
 FIRST = "chat"  # shown first
 FIRST_WITHOUT_MODEL = "download"  # whoever has no model yet, gets one there
@@ -85,12 +91,9 @@ def build_ui(services: Services) -> Page:
         bar = StatusBar(services)
         with page.open_to_students():
             bar.wire_load(page)
-        if len(entries) == 1:
-            entries[0].build(services).wire_load(page)
-        else:
-            for_hosts = _build_tabs(page, entries, services)
-            if in_class:
-                _show_to_hosts(page, [*bar.for_hosts, *for_hosts])
+        for_hosts = _build_tabs(page, entries, services)
+        if in_class:
+            _show_to_hosts(page, [*bar.for_hosts, *for_hosts])
     page.max_threads = MAX_EVENTS
     # No event of ours shows Gradio's progress. Unless told so, its script tells every output of
     # every event that has run of each step of any event: 0.6 s of a browser's time a reply.
@@ -109,14 +112,11 @@ def _build_tabs(page: Page, entries: list[TabEntry], services: Services) -> list
             page.load(lambda: _first(services), None, all_tabs, show_progress="hidden",
                       queue=False, api_visibility="private")
         for entry in entries:
-            # All are drawn at once, so that nothing is lost by looking at another.
-            layout: dict[str, Any] = {"elem_id": f"tab-{entry.id}", "render_children": True}
             with page.open_to_students() if entry.student else nullcontext():
-                with gr.Tab(label(f"tab.{entry.id}"), id=entry.id, **layout) as place:
+                with gr.Tab(label(f"tab.{entry.id}"), id=entry.id,
+                            elem_id=f"tab-{entry.id}", alignment=entry.side) as place:
                     tab = entry.build(services)
-                if hasattr(tab, "wire_select"):  # what it does only when somebody opens it
-                    tab.wire_select(place)
-                tab.wire_load(page)
+                tab.wire_opening(page, place)
             tabs.append(tab)
             for_hosts += tab.for_hosts if entry.student else [place]
         for tab in tabs:
@@ -150,6 +150,7 @@ def mount_page(app: FastAPI, services: Services, root_path: str = "") -> FastAPI
         root_path: prefix that a proxy in front of us adds, such as "/user/me/proxy/6006".
     """
     instance = services.history.instance
+    app.user_middleware.append(Middleware(PageFiles))  # the innermost: behind the guard
     app.add_middleware(OwnerCookie, instance=instance)
     app.add_middleware(ChosenLanguage)
     page = build_ui(services)

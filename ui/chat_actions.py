@@ -28,9 +28,11 @@ class ChatActions:
     def __init__(self, tab: ChatTab) -> None:
         self.tab = tab
         self.version = gr.Number(visible=False, precision=0)
-        # Pressed by the page's script, which draws the versions' buttons under the replies.
+        # All pressed by the page's script: when another chat is to be shown; when a button is that
+        # it draws under the replies; when the user has said yes, for an event that waits for that
+        # would let no other begin.
+        self.show = gr.Button(label("chat.chats"), elem_id="show-chat")
         self.pick = gr.Button(label("chat.version"), elem_id="pick-version")
-        # Pressed when the user has said yes; an event that waits for that would let no other begin.
         self.delete = gr.Button(label("chat.delete"), elem_id="delete-surely")
         self.opened = [
             tab.conversation_id, *tab.settings.fields, tab.settings.presets.choice, *tab.outputs]
@@ -40,27 +42,20 @@ class ChatActions:
 
     # Which chat is shown
 
-    def _opens(self, listener: Any, first: Any, js: str) -> None:
-        """On that event, show the chat whose id `js` makes of `first`, and the reply that it may
-        be getting."""
-        tab = self.tab
-        inputs = [first, *tab.list.inputs, tab.tools.origin]
-        script = f"(first, search, shown) => [{js}, search, shown, window.LMDESK.origin()]"
-        listener(
-            self.on_open, inputs, [*self.opened, tab.tools.origin], js=script, **EVENT,
-        ).then(**tab.give_back).then(None, js="() => window.LMDESK.opened()")
-
     def _wire_chats(self) -> None:
         tab = self.tab
         chat_id, chats = tab.conversation_id, tab.list
-        current = "window.LMDESK.conversationId()"
-        self._opens(chats.chats.input, chats.chats, "window.LMDESK.openChat(first)")
-        self._opens(chats.new.click, chat_id, "window.LMDESK.newChat()")
-        left = tab.notice.new.click(self.on_leave_full, tab.form, [tab.returned], **EVENT)
-        self._opens(left.then(**tab.give_back).then, chat_id, "window.LMDESK.newChat()")
-        tab.delete.click(None, js="() => window.LMDESK.confirmDelete()")
-        deleted = self.delete.click(self.on_delete, [chat_id], [], **EVENT)
-        self._opens(deleted.then, chat_id, "window.LMDESK.newChat()")
+        current, new = "window.LMDESK.conversationId()", "() => window.LMDESK.newChat()"
+        # Each change of the chat ends here: it is shown, and the reply that it may be getting.
+        self.show.click(
+            self.on_open, [chat_id, *chats.inputs, tab.tools.origin],
+            [*self.opened, tab.tools.origin], trigger_mode="always_last", **EVENT,
+            js=f"(id, search, shown) => [{current}, search, shown, window.LMDESK.origin()]",
+        ).then(**tab.give_back).then(None, js="() => window.LMDESK.opened()")
+        chats.chats.input(None, [chats.chats], js="(id) => window.LMDESK.openChat(id)")
+        tab.notice.new.click(self.on_leave_full, tab.form, [tab.returned], **EVENT).then(
+            **tab.give_back).then(None, js=new)
+        self.delete.click(self.on_delete, [chat_id], [], **EVENT).then(None, js=new)
         chats.search.change(self.on_list, tab.form, list(chats.outputs),
                             trigger_mode="always_last", **EVENT)
         chats.more.click(self.on_more, tab.form, [chats.shown, *chats.outputs], **EVENT)
@@ -77,7 +72,7 @@ class ChatActions:
 
     def wire_load(self, page: gr.Blocks) -> None:
         """Show the browser tab's conversation when the page is opened."""
-        self._opens(page.load, self.tab.conversation_id, "window.LMDESK.conversationId()")
+        page.load(None, js="() => window.LMDESK.showChat()")
 
     async def on_open(
         self, chat_id: str, search: str, shown: float, origin: str, request: gr.Request
@@ -187,32 +182,31 @@ class ChatActions:
     # Files and code
 
     def _wire_tools(self) -> None:
-        tools = self.tab.tools
-        for kind, button in tools.files.items():
-            tools.wire_download(button.click(
-                self._exporter(kind), self.tab.form, [tools.file], **EVENT))
-        for kind, button in tools.code.items():
-            button.click(self._coder(kind), self.tab.form, [tools.shown], **EVENT)
+        tools, form = self.tab.tools, self.tab.form
+        tools.wire_download(gr.on(
+            [button.click for button in tools.export], self.on_export, form, [tools.file], **EVENT))
+        gr.on([button.click for button in tools.show], self.on_code, form, [tools.shown], **EVENT)
 
-    def _exporter(self, kind: str) -> Any:
+    async def on_export(
+        self, form: Form, event: gr.EventData, request: gr.Request
+    ) -> Updates:
+        tools, conversation = self.tab.tools, await self.tab.open(form, request)
+        if (kind := tools.files.get(forms.pressed(event))) is None:
+            return {tools.file: gr.skip()}
         ending, write = chat_tools.FILES[kind]
+        name = snippets.file_name(conversation.title, ending)
+        return tools.file_update(name, write(conversation))
 
-        async def on_export(form: Form, request: gr.Request) -> Updates:
-            conversation = await self.tab.open(form, request)
-            name = snippets.file_name(conversation.title, ending)
-            return self.tab.tools.file_update(name, write(conversation))
-
-        return on_export
-
-    def _coder(self, kind: str) -> Any:
-        async def on_code(form: Form, request: gr.Request) -> Updates:
-            try:
-                return self.tab.tools.code_update(kind, await self._code(kind, form, request))
-            except UserError as error:
-                self.tab.warn(error, request)
-                return {self.tab.tools.shown: gr.skip()}
-
-        return on_code
+    async def on_code(
+        self, form: Form, event: gr.EventData, request: gr.Request
+    ) -> Updates:
+        tools = self.tab.tools
+        try:
+            if kind := tools.code.get(forms.pressed(event)):
+                return tools.code_update(kind, await self._code(kind, form, request))
+        except UserError as error:
+            self.tab.warn(error, request)
+        return {tools.shown: gr.skip()}
 
     async def _code(self, kind: str, form: Form, request: gr.Request) -> str:
         """Code that asks what Send would ask now; with an empty box, the last message again."""

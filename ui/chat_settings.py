@@ -34,7 +34,6 @@ class ChatSettings:
             more = forms.sampling_inputs(forms.MORE_FIELDS, self.defaults)
         self.sampling = dict(zip(forms.SAMPLING_FIELDS, [*main, *more], strict=True))
         self.fields = (self.system_prompt, *self.sampling.values())
-        self.inputs = (*self.fields, self.presets.choice)
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -45,11 +45,12 @@ class ChatTab:
                 self.remote = RemotePanel(services) if services.remote else None
                 self.settings = ChatSettings(services, services.history)
                 self.tools = ChatTools()
-        self.form = {
-            self.conversation_id, self.box, self.asked, self.going_on, self.tools.origin,
-            *self.list.inputs, *self.settings.inputs,
-            *(self.remote.inputs if self.remote else ()),
-        }
+        # Each input of an event costs the browser a part of the first token's time.
+        asking = {self.conversation_id, self.box, self.asked, self.going_on, *self.settings.fields,
+                  *(self.remote.inputs if self.remote else ())}
+        self.asking = asking
+        self.form = asking | {
+            self.tools.origin, *self.list.inputs, self.settings.presets.choice}
         self.begun = [
             *self.thread.turns, *self.notice.outputs, self.meter, self.box, self.returned,
             self.send, self.stop, self.resume, self.asked, self.going_on]
@@ -100,7 +101,7 @@ class ChatTab:
             "js": "(box, returned) => box || returned"}
         chatbot, notice = self.thread.chatbot, self.notice
         begin: dict[str, Any] = {
-            "inputs": self.form, "outputs": self.begun, **EVENT,
+            "inputs": self.asking, "outputs": self.begun, **EVENT,
             "js": "(...form) => { window.LMDESK.asking(); return form; }"}
         for event in (
             gr.on([self.box.submit, self.send.click], self.on_send, **begin),
@@ -117,11 +118,10 @@ class ChatTab:
         ).then(**self.give_back)
         chatbot.undo(self.on_undo, self.form, self.outputs, **EVENT).then(**self.give_back)
         self.stop.click(self.on_stop, [self.conversation_id], [], queue=False, **EVENT)
-        self.toggle.click(None, js="() => window.LMDESK.toggleChats()")
         self.actions = ChatActions(self)
 
-    def wire_load(self, page: Page) -> None:
-        """Show the tab's conversation when the page is opened or reloaded."""
+    def wire_opening(self, page: Page, tab: gr.Tab) -> None:
+        """Show the browser tab's conversation when the page is opened or reloaded."""
         self.replies.wire(page)
         self.actions.wire_load(page)
         if self.remote:

@@ -40,9 +40,7 @@ class ChatThread:
             # The style sheet shows it when there are thoughts, so that no event has to. A closed
             # accordion would not tell: it has no children.
             with gr.Column(elem_id="live-reasoning"):
-                fold = gr.Button(
-                    label("chat.reasoning_live"), elem_id="toggle-thoughts", size="sm")
-                fold.click(None, js="() => window.LMDESK.toggleThoughts()")
+                gr.Button(label("chat.reasoning_live"), elem_id="toggle-thoughts", size="sm")
                 self.thoughts = self._markdown("live-thoughts")
             self.live = self._markdown("live")
             self.growing = (self.thoughts, self.live)

@@ -15,17 +15,23 @@ FILES = {"markdown": ("md", snippets.as_markdown), "json": ("json", snippets.as_
 
 
 class ChatTools:
-    """Buttons, and the box that shows the code. The chat tab knows what to put into it."""
+    """Buttons, and the box that shows the code. The chat tab knows what to put into it.
+
+    Attributes:
+        files, code: elem_id of a button in `export`, or in `show` -> what it makes.
+    """
 
     def __init__(self) -> None:
         with gr.Accordion(label("chat.take_along"), open=False, elem_id="chat-tools"):
             with gr.Row(elem_classes="lmd-buttons"):
-                self.files = {kind: gr.Button(label(f"chat.export.{kind}"), size="sm",
-                                              elem_id=f"export-{kind}") for kind in FILES}
+                self.files = {f"export-{kind}": kind for kind in FILES}
+                self.export = [gr.Button(label(f"chat.export.{kind}"), size="sm", elem_id=elem_id)
+                               for elem_id, kind in self.files.items()]
             gr.Markdown(label("chat.code_info"), elem_classes="lmd-small")
             with gr.Row(elem_classes="lmd-buttons"):
-                self.code = {kind: gr.Button(label(f"chat.code.{kind}"), size="sm",
-                                             elem_id=f"code-{kind}") for kind in KINDS}
+                self.code = {f"code-{kind}": kind for kind in KINDS}
+                self.show = [gr.Button(label(f"chat.code.{kind}"), size="sm", elem_id=elem_id)
+                             for elem_id, kind in self.code.items()]
             self.shown = gr.Code(
                 visible=False, elem_id="code", interactive=False, wrap_lines=True,
                 show_label=False, label=label("chat.take_along"))

@@ -12,7 +12,7 @@ from ui import class_view
 from ui.answer import warn
 from ui.forms import whole_number
 from ui.i18n import label, locale_of, t
-from ui.roles import caller
+from ui.roles import Page, caller
 
 
 class ClassTab:
@@ -62,10 +62,7 @@ class ClassTab:
         self._opened = dict(fn=self.on_open, inputs=[], outputs=[*figures, *limits, self.text],
                             **event)
 
-    def wire_load(self, page: gr.Blocks) -> None:
-        """Nothing: the class is looked at when somebody comes here."""
-
-    def wire_select(self, tab: gr.Tab) -> None:
+    def wire_opening(self, page: Page, tab: gr.Tab) -> None:
         """Show the class as it is now."""
         tab.select(**self._opened)
 

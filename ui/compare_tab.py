@@ -17,7 +17,7 @@ from ui.benchmark_panel import BenchmarkPanel
 from ui.i18n import label, locale_of
 from ui.job_panel import JobPanel
 from ui.perplexity_panel import PerplexityPanel
-from ui.roles import only_for_hosts
+from ui.roles import Page, only_for_hosts
 from ui.side_by_side import SideBySide
 
 TO_COMPARE = "() => window.LMDESK.showTab('compare')"
@@ -49,21 +49,16 @@ class CompareTab:
                               elem_classes="lmd-section") as section:
                 part = build(services)
             section.expand(part.on_open, part.fields_at_open, part.fields_at_open, **EVENT)
+            part.panel.shown_on(section.expand)
             self.for_hosts.append(section)
             self.jobs.append(part)
-
-    def wire_load(self, page: gr.Blocks) -> None:
-        """What happens when the page is opened, and closed."""
-        self.sides.wire_load(page)
-        with only_for_hosts():
-            for part in self.jobs:
-                part.panel.wire_load(page)
 
     def wire_tabs(self, tabs: Sequence[Any]) -> None:
         """A job that has made a model leads here, from whichever tab shows it."""
         for tab in tabs:
-            if isinstance(panel := getattr(tab, "panel", None), JobPanel):
-                panel.compare.click(
+            panel = getattr(tab, "panel", None)
+            if isinstance(panel, JobPanel) and "compare" in panel.buttons:
+                panel.buttons["compare"].click(
                     self._opener(panel), [panel.job_id], self.sides.targets, **EVENT,
                 ).success(None, js=TO_COMPARE)
 
@@ -77,7 +72,8 @@ class CompareTab:
                 raise gr.Error(visible=False, print_exception=False) from error
         return on_compare
 
-    def wire_select(self, tab: gr.Tab) -> None:
-        """List the models when the tab is opened."""
+    def wire_opening(self, page: Page, tab: gr.Tab) -> None:
+        """List the models; when the page is closed, free what it has opened."""
+        page.unload(self.sides.on_leave)
         targets = [picker.target for picker in self.sides.pickers]
         tab.select(self.sides.on_choices, targets, targets, **EVENT)

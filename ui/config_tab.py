@@ -26,6 +26,7 @@ from backend.workspace.settings import SettingsFile, model_s_own, rows, settings
 from ui import config_view, forms
 from ui.answer import sentence, warn
 from ui.i18n import label, locale_of, t
+from ui.roles import Page
 
 MAIN = ("quant_policy", "kv_cache_dtype", "rope_scaling_factor", "use_logn_attn", "max_batch_size",
         "session_len", "cache_max_entry_count")
@@ -124,11 +125,8 @@ class ConfigTab:
     def _side(self) -> list[Any]:
         return [self.memory, self.diff, self.save, self.apply, self.undo, self.force, self.state]
 
-    def wire_load(self, page: gr.Blocks) -> None:
-        """Nothing yet: models are looked for when somebody comes here."""
-
-    def wire_select(self, tab: gr.Tab) -> None:
-        """List the models whenever the tab is opened; the served one is chosen first."""
+    def wire_opening(self, page: Page, tab: gr.Tab) -> None:
+        """List the models; the served one is chosen first."""
         tab.select(self.on_open, [self.model], [self.model], show_progress="hidden",
                    concurrency_limit=None, api_visibility="private")
 

@@ -17,6 +17,7 @@ from ui.answer import sentence, warn
 from ui.i18n import catalogs, label, locale_of, t
 from ui.job_panel import JobPanel
 from ui.job_view import problem_html
+from ui.roles import Page
 from ui.sentences import joined
 
 LOCAL = "local"
@@ -59,9 +60,9 @@ class DownloadTab:
         gr.on([self.plan.click, self.id.submit], self.on_plan, fields, [self.planned], **event)
         self.start.click(self.on_start, fields, [self.planned, *self.panel.outputs], **event)
 
-    def wire_load(self, page: gr.Blocks) -> None:
+    def wire_opening(self, page: Page, tab: gr.Tab) -> None:
         """Show the newest download."""
-        self.panel.wire_load(page)
+        self.panel.shown_on(tab.select)
 
     async def on_plan(
         self, source: str, id: str, revision: str, endpoint: str, token: str, request: gr.Request

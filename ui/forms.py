@@ -137,3 +137,12 @@ def setting_value(key: Key, text: str | None) -> Any:
     if key.locked:
         return text
     return bool(value) if key.choices == SWITCH else value
+
+
+def pressed(event: gr.EventData) -> str:
+    """The elem_id of the button whose event it is, of several that share a handler; "" of none.
+
+    Gradio hands over a copy of a component that it has once updated, so which object it is tells
+    nothing.
+    """
+    return getattr(event.target, "elem_id", None) or ""

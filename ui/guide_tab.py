@@ -17,6 +17,7 @@ from backend.services import Services
 from ui import guide_view
 from ui.answer import sentence, warn
 from ui.i18n import label, locale_of, t
+from ui.roles import Page
 
 Updates = dict[Any, Any]
 KIND = "guide"
@@ -65,11 +66,8 @@ class GuideTab:
         self.good.click(self.on_good, inputs, [self.step, *shown], **event)
         self.bad.click(self.on_bad, inputs, [self.step, *shown], **event)
 
-    def wire_load(self, page: gr.Blocks) -> None:
-        """Nothing: models are looked for when somebody comes here."""
-
-    def wire_select(self, tab: gr.Tab) -> None:
-        """List the models, and the steps in the reader's language, when the tab is opened."""
+    def wire_opening(self, page: Page, tab: gr.Tab) -> None:
+        """List the models, and the steps in the reader's language."""
         tab.select(self.on_open, [self.model], [self.model, self.step], show_progress="hidden",
                    concurrency_limit=None, api_visibility="private")
 

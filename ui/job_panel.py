@@ -3,7 +3,7 @@
     self.jobs = JobPanel(services, "quantize")      # inside the tab's layout
     ...
     return await self.jobs.show(job.id, locale)     # in an event with outputs=self.jobs.outputs
-    self.jobs.wire_load(page)                       # finds the newest of its kind again
+    self.jobs.shown_on(tab.select)                  # finds the newest of its kind again
 
 It polls only while the job that it shows is running.
 """
@@ -24,10 +24,20 @@ from backend.jobs import Job
 from backend.services import Services
 from ui import job_view
 from ui.answer import warn
+from ui.forms import pressed
 from ui.i18n import label, locale_of, t
 
 POLL_S = 1.0
 TO_CHAT = "() => window.LMDESK.showTab('chat')"
+# What the jobs of a kind take; "" are those of all kinds, which can be forgotten, too.
+BUTTONS = {
+    "download": ("load", "pause", "resume", "cancel"),
+    "quantize": ("load", "compare", "pause", "resume", "cancel"),
+    "benchmark": ("load", "csv", "resume", "cancel"),
+    "evaluate": ("load", "resume", "cancel"),
+    "": ("load", "compare", "csv", "pause", "resume", "cancel", "remove"),
+}
+VARIANTS = {"load": "primary", "cancel": "stop"}
 
 Updates = dict[Any, Any]
 
@@ -35,46 +45,47 @@ Updates = dict[Any, Any]
 class JobPanel:
     """Args:
         kind: of the jobs that it shows by itself; "" are all.
-        removable: whether a job can be forgotten here.
+
+    Attributes:
+        buttons: by name; "compare" is wired by the tab that compares.
     """
 
-    def __init__(self, services: Services, kind: str = "", *, removable: bool = False) -> None:
+    def __init__(self, services: Services, kind: str = "") -> None:
         assert services.jobs is not None and services.library is not None
         self.services, self.store, self.library = services, services.jobs, services.library
-        self.kind, self.removable = kind, removable
+        self.kind = kind
         name = f"job-{kind or 'any'}"
         with gr.Column(elem_id=name, elem_classes="lmd-job-panel", visible=False) as self.box:
             self.view = gr.HTML(elem_id=f"{name}-view", apply_default_css=False)
             with gr.Row(elem_classes="lmd-job-buttons"):
-                def button(key: str, **options: Any) -> gr.Button:
-                    return gr.Button(label(f"job.{key}"), elem_id=f"{name}-{key}", size="sm",
-                                     visible=False, **options)
-
-                self.load = button("load", variant="primary")
-                self.compare = button("compare")  # wired by the tab that compares
-                self.csv = button("csv")
-                self.pause, self.resume = button("pause"), button("resume")
-                self.cancel = button("cancel", variant="stop")
-                self.remove = button("remove")
+                self.buttons = {
+                    key: gr.Button(label(f"job.{key}"), elem_id=f"{name}-{key}", size="sm",
+                                   variant=VARIANTS.get(key, "secondary"), visible=False)
+                    for key in BUTTONS[kind]}
         self.job_id = gr.State("")
-        self.file = gr.Textbox(visible=False)  # on its way to the browser's downloads
         self.timer = gr.Timer(POLL_S, active=False)
-        self.outputs = [self.box, self.view, self.job_id, self.timer, self.load, self.compare,
-                        self.csv, self.pause, self.resume, self.cancel, self.remove]
-        event: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        self.timer.tick(self.on_tick, [self.job_id], self.outputs, queue=False, **event)
-        for clicked, act in ((self.pause, self.store.pause), (self.resume, self.store.resume),
-                             (self.cancel, self._cancel), (self.remove, self.store.remove)):
-            clicked.click(self._handler(act), [self.job_id], self.outputs, **event)
-        self.csv.click(self.on_csv, [self.job_id], [self.file], **event).then(
-            None, [self.file], [], js="(file) => file && window.LMDESK.download(file)")
-        self.load.click(self.on_load_model, [self.job_id], [], **event).success(
-            None, None, None, js=TO_CHAT)
+        self.outputs = [self.box, self.view, self.job_id, self.timer, *self.buttons.values()]
+        self._wire()
 
-    def wire_load(self, page: gr.Blocks) -> None:
-        """Show the newest job of the kind when the page is opened."""
-        page.load(self.on_open, [], self.outputs, show_progress="hidden",
-                  api_visibility="private")
+    def _wire(self) -> None:
+        event: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        buttons = self.buttons
+        self.timer.tick(self.on_tick, [self.job_id], self.outputs, queue=False, **event)
+        acts = {"pause": self.store.pause, "resume": self.store.resume, "cancel": self._cancel,
+                "remove": self.store.remove}
+        self.acts = {buttons[key].elem_id: act for key, act in acts.items() if key in buttons}
+        gr.on([buttons[key].click for key in acts if key in buttons], self.on_act, [self.job_id],
+              self.outputs, **event)
+        buttons["load"].click(self.on_load_model, [self.job_id], [], **event).success(
+            None, None, None, js=TO_CHAT)
+        if "csv" in buttons:
+            file = gr.Textbox(visible=False)  # on its way to the browser's downloads
+            buttons["csv"].click(self.on_csv, [self.job_id], [file], **event).then(
+                None, [file], [], js="(file) => file && window.LMDESK.download(file)")
+
+    def shown_on(self, event: Any) -> None:
+        """Show the newest job of the kind on that event."""
+        event(self.on_open, [], self.outputs, show_progress="hidden", api_visibility="private")
 
     async def on_open(self, request: gr.Request) -> Updates:
         newest = next((j for j in await asyncio.to_thread(self.store.list)
@@ -91,20 +102,30 @@ class JobPanel:
         except UserError:
             return {self.box: gr.update(visible=False), self.job_id: "",
                     self.timer: gr.Timer(active=False)}
-        goes_on = job.kind in ("download", "quantize")
+        result = self._result(job)
+        offered = {
+            "load": result is not None,
+            "compare": result is not None and "model" in job.details,
+            "csv": bool(progress.benchmark.rows),
+            "pause": job.running and "pause" in BUTTONS.get(job.kind, ()),
+            "resume": not job.running and job.state != "finished" and result is None,
+            "cancel": job.running or job.state == "paused",
+            "remove": not job.running,
+        }
         return {
             self.box: gr.update(visible=True), self.view: html, self.job_id: job.id,
             self.timer: gr.Timer(active=job.running),
-            self.load: gr.update(visible=self._result(job) is not None),
-            self.compare: gr.update(visible=self._result(job) is not None
-                                    and "model" in job.details),
-            self.csv: gr.update(visible=bool(progress.benchmark.rows)),
-            self.pause: gr.update(visible=job.running and goes_on),
-            self.resume: gr.update(visible=not job.running and job.state != "finished"
-                                   and self._result(job) is None),
-            self.cancel: gr.update(visible=job.running or job.state == "paused"),
-            self.remove: gr.update(visible=self.removable and not job.running),
+            **{button: gr.update(visible=offered[key]) for key, button in self.buttons.items()},
         }
+
+    async def on_act(self, job_id: str, event: gr.EventData, request: gr.Request) -> Updates:
+        """Do with the job what the pressed button says."""
+        try:
+            if act := self.acts.get(pressed(event)):
+                await asyncio.to_thread(act, job_id)
+        except Exception as error:
+            warn(error, locale_of(request))
+        return await self.show(job_id, locale_of(request))
 
     async def on_load_model(self, job_id: str, request: gr.Request) -> None:
         """Serve what the job has made."""
@@ -158,12 +179,3 @@ class JobPanel:
         job = self.store.cancel(job_id)
         if job.kind == "download" and "target" in job.details and not job.running:
             discard(self.library.allowed(job.details["target"]))
-
-    def _handler(self, act: Any) -> Any:
-        async def handler(job_id: str, request: gr.Request) -> Updates:
-            try:
-                await asyncio.to_thread(act, job_id)
-            except Exception as error:
-                warn(error, locale_of(request))
-            return await self.show(job_id, locale_of(request))
-        return handler

@@ -10,6 +10,7 @@ import gradio as gr
 from backend.services import Services
 from ui.i18n import label, locale_of, t
 from ui.job_panel import JobPanel
+from ui.roles import Page
 
 
 class JobsTab:
@@ -25,22 +26,19 @@ class JobsTab:
                                           filterable=False)
                 self.refresh = gr.Button(label("jobs.refresh"), elem_id="jobs-refresh", size="sm",
                                          scale=0, elem_classes="lmd-quiet-button")
-            self.panel = JobPanel(services, removable=True)
+            self.panel = JobPanel(services)
         event: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         self.choice.input(self.on_choose, [self.choice], self.panel.outputs, **event)
         self._event = event
         self._wire_refresh(self.refresh.click)
-        self._wire_refresh(self.panel.remove.click)
+        self._wire_refresh(self.panel.buttons["remove"].click)
 
     def _wire_refresh(self, act: Any) -> None:
         act(self.on_refresh, [self.panel.job_id],
             [self.choice, self.empty, *self.panel.outputs], **self._event)
 
-    def wire_load(self, page: gr.Blocks) -> None:
-        """Nothing: jobs are looked for when somebody comes here."""
-
-    def wire_select(self, tab: gr.Tab) -> None:
-        """List what there is when the tab is opened."""
+    def wire_opening(self, page: Page, tab: gr.Tab) -> None:
+        """List what there is."""
         self._wire_refresh(tab.select)
 
     async def on_choose(self, job_id: str, request: gr.Request) -> dict[Any, Any]:

@@ -19,6 +19,7 @@ from ui.job_panel import JobPanel
 from ui.job_view import command_html, problem_html
 from ui.quantize_form import DATASETS, GROUP_SIZES, METHODS, OWN, QuantizeForm
 from ui.quantize_view import plan_html, planning_html
+from ui.roles import Page
 
 # An error's field -> which of the notes tells it; others are told where the plan would be.
 PLACES = {"model": "model", "method": "model"} | dict.fromkeys(
@@ -88,12 +89,9 @@ class QuantizeTab:
         return gr.Number(value, label=label(f"quantize.{name}"), elem_id=elem_id,
                          min_width=120)
 
-    def wire_load(self, page: gr.Blocks) -> None:
-        """Show the newest job."""
-        self.panel.wire_load(page)
-
-    def wire_select(self, tab: gr.Tab) -> None:
-        """List the models when the tab is opened."""
+    def wire_opening(self, page: Page, tab: gr.Tab) -> None:
+        """Show the newest job, and list the models."""
+        self.panel.shown_on(tab.select)
         tab.select(self.on_models, [self.model], [self.model], **self._event)
 
     async def on_models(self, chosen: str | None) -> Any:

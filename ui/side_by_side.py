@@ -116,10 +116,6 @@ class SideBySide:
             button.click(write, [self.record], [self.file], **event).then(
                 None, [self.file], [], js="(file) => file && window.LMDESK.download(file)")
 
-    def wire_load(self, page: gr.Blocks) -> None:
-        """Free what a browser tab has opened when it is closed."""
-        page.unload(self.on_leave)
-
     async def on_choices(self, left: str, right: str, request: gr.Request) -> Updates:
         """The targets that there are now."""
         return {picker.target: await picker.on_choices(chosen, request)

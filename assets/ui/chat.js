@@ -7,25 +7,25 @@
 
   // One conversation per browser tab; sessionStorage survives a reload, and is not shared.
   const key = `lmdesk.${desk.instance}.conversation`;
+  const newId = () => Array.from(
+    crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
+  desk.conversationId = () => {
+    if (!sessionStorage.getItem(key)) sessionStorage.setItem(key, newId());
+    return sessionStorage.getItem(key);
+  };
+  desk.showChat = () => document.querySelector("#show-chat").click();
   desk.openChat = (id) => {
     sessionStorage.setItem(key, id);
     desk.unfollow();
     showChats(false);
-    return id;
+    desk.showChat();
   };
   desk.newChat = () => {
-    const bytes = crypto.getRandomValues(new Uint8Array(16));
-    const id = desk.openChat(Array.from(bytes, (b) => b.toString(16).padStart(2, "0")).join(""));
+    desk.openChat(newId());
     document.querySelector("#message textarea")?.focus();
-    return id;
   };
-  desk.conversationId = () => sessionStorage.getItem(key) || desk.newChat();
   desk.origin = () => (window.gradio_config?.root || location.origin + location.pathname)
     .replace(/\/+$/, "");
-
-  desk.confirmDelete = () => {
-    if (window.confirm(text("confirm_delete"))) document.querySelector("#delete-surely").click();
-  };
 
   desk.download = (file) => {
     const { name, text: content } = JSON.parse(file);
@@ -41,13 +41,24 @@
     document.querySelector("#chat-page")?.classList.toggle("lmd-show-chats", show);
     document.querySelector("#toggle-chats")?.setAttribute("aria-expanded", show);
   };
-  desk.toggleChats = () =>
-    showChats(!document.querySelector("#chat-page").classList.contains("lmd-show-chats"));
 
-  desk.toggleThoughts = () => {
-    const open = document.querySelector("#live-reasoning").classList.toggle("lmd-open");
-    document.querySelector("#toggle-thoughts").setAttribute("aria-expanded", open);
+  // Buttons that need no server, or not yet: each event of Gradio's makes the page slower to open.
+  const pressed = {
+    "new-chat": () => desk.newChat(),
+    "delete-chat": () => {
+      if (window.confirm(text("confirm_delete"))) document.querySelector("#delete-surely").click();
+    },
+    "toggle-chats": () =>
+      showChats(!document.querySelector("#chat-page").classList.contains("lmd-show-chats")),
+    "toggle-thoughts": (button) => {
+      const open = document.querySelector("#live-reasoning").classList.toggle("lmd-open");
+      button.setAttribute("aria-expanded", open);
+    },
   };
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest?.("button");
+    if (button && Object.hasOwn(pressed, button.id)) pressed[button.id](button);
+  });
 
   // Under each reply: its figures, as CSS content of its row, for Gradio owns what is in there;
   // and, where a turn has several versions, the way to the others.

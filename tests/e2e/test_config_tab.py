@@ -45,18 +45,12 @@ class ConfigPage:
 
     def __init__(self, page: Page, chosen: str) -> None:
         self.page = page
-        page.get_by_role("tab").nth(self._position()).click()
+        page.locator("#tab-config-button").click()
         expect(page.locator("#config-memory dl")).to_be_visible(timeout=SLOW)
         page.locator("#config-model input").click()
         page.get_by_role("option", name=chosen, exact=True).click()
         expect(page.locator("#config-ini")).to_be_visible(timeout=SLOW)
         expect(self.memory).to_be_visible(timeout=SLOW)
-
-    @staticmethod
-    def _position() -> int:
-        from ui.build import TABS
-
-        return [entry.id for entry in TABS].index("config")
 
     @property
     def memory(self) -> Locator:
