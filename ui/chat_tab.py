@@ -115,7 +115,7 @@ class ChatTab:
             event.then(None, js="() => window.LMDESK.asked()")
         self.thread.show.click(
             self.on_show, self.form, self.outputs, trigger_mode="always_last", **EVENT,
-        ).then(**self.give_back)
+        ).then(**self.give_back).then(None, js="() => window.LMDESK.shown()")
         chatbot.undo(self.on_undo, self.form, self.outputs, **EVENT).then(**self.give_back)
         self.stop.click(self.on_stop, [self.conversation_id], [], queue=False, **EVENT)
         self.actions = ChatActions(self)

@@ -32,6 +32,7 @@
 
   // The stream that is being read. `begun`: it has brought something. `over`: its reply has ended.
   // `asked`: the event that asks for the reply is under way; what it shows comes before the end.
+  // `broke`: it was cut off and taken up again.
   let stream = null;
 
   const read = async (mine, wait) => {
@@ -69,6 +70,7 @@
         await read(mine, asked && !tries);
         mine.over = true;
       } catch {
+        mine.broke = true;
         if (mine === stream) await sleep(RETRY_MS);
       }
     }
@@ -84,11 +86,24 @@
   // Show the turn that the reply has become, after all that the event has shown that asked for it.
   const end = () => {
     if (!stream?.over || stream.asked) return false;
-    const { begun } = stream;
+    const { begun, broke } = stream;
     stream = wanted = null;
-    if (begun) press("show-reply");
+    if (begun) show(broke);
     return begun;
   };
+
+  let showing = 0; // how often it was asked for
+  let shown = 0; // the last of them that was answered
+  const show = async (unsure) => {
+    const mine = showing += 1;
+    press("show-reply");
+    if (!unsure) return;
+    await sleep(LOST_MS);
+    if (shown < mine) location.reload();
+  };
+  desk.shown = () => { shown = showing; };
+
+  const isGrowing = () => document.querySelector("button#stop"); // as the page shows it
 
   // The button comes with the answer to the event, perhaps after the reply's first words.
   desk.stopReply = async () => {
@@ -110,9 +125,10 @@
       return;
     }
     desk.unfollow(); // perhaps none began
-    if (!await follow(false) && !stream) press("show-reply");
+    if (!await follow(false) && !stream) show();
   };
-  desk.opened = () => {
-    if (!stream) follow(false);
+  // The reply may have ended since the event that opened the chat has looked.
+  desk.opened = async () => {
+    if (!stream && !await follow(false) && !stream && isGrowing()) show();
   };
 })();

@@ -50,6 +50,7 @@ class FakeChat:
         self.sampling: list[SamplingParams] = []
         self.models_asked: list[str | None] = []
         self.aborted: list[str] = []
+        self.ended: list[str] = []
         self.state = "ready"
 
     async def models(self) -> list[str]:
@@ -87,6 +88,7 @@ class FakeChat:
         finally:
             if not finished:
                 self.aborted.append(user)
+            self.ended.append(user)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from backend.errors import EngineDeadError, EngineNotReadyError
 from backend.services import Services
@@ -123,6 +123,20 @@ def test_reload_in_the_middle_finds_the_reply_still_growing(
     chat.wait_reply(2)
 
 
+def test_a_reply_that_ends_while_the_page_opens_is_shown(chat: ChatPage, model: FakeChat) -> None:
+    script = model.scripts["ending"] = Script(["half a reply", " and the rest"], hold_at=1)
+    chat.send("ending")
+    expect(chat.live).to_contain_text("half a reply")
+    held: list[Route] = []
+    chat.page.route("**/page/reply/**", lambda route: held.append(route), times=1)
+    chat.reload()  # shows the question, then asks for the reply
+    script.go.set()
+    while not held or "ending" not in model.ended:
+        chat.page.wait_for_timeout(20)
+    held[0].continue_()
+    assert chat.wait_reply(1) == "half a reply and the rest"
+
+
 @pytest.mark.parametrize("meanwhile", [False, True], ids=["goes on", "ends meanwhile"])
 def test_a_reply_is_found_again_when_the_tunnel_was_cut(
     new_page: Open, url: str, model: FakeChat, meanwhile: bool
@@ -140,6 +154,22 @@ def test_a_reply_is_found_again_when_the_tunnel_was_cut(
         assert page.wait_reply(1, timeout_s=90) == "half a reply and the rest"
         page.send("go on")
         page.wait_reply(2)
+
+
+def test_a_reply_is_shown_though_the_tunnel_lost_what_shows_it(
+    new_page: Open, url: str, model: FakeChat
+) -> None:
+    script = model.scripts["lost"] = Script(["half a reply", " and the rest"], hold_at=1)
+    with tunnel_to(url) as tunnel:
+        page = new_page(tunnel.url)
+        page.send("lost")
+        expect(page.live).to_contain_text("half a reply")
+        expect(page.page.locator("button#stop")).to_be_visible()  # all that Gradio waited for
+        with page.page.expect_request("**/page/reply/**"):
+            tunnel.cut()
+        page.page.route("**/queue/data*", lambda route: None, times=1)  # as if it were open still
+        script.go.set()
+        assert page.wait_reply(1, timeout_s=90) == "half a reply and the rest"
 
 
 def test_a_reply_found_again_can_be_stopped(chat: ChatPage, model: FakeChat) -> None:
