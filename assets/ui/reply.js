@@ -105,6 +105,13 @@
 
   const isGrowing = () => document.querySelector("button#stop"); // as the page shows it
 
+  // Follow the reply that the open chat is getting; if there is none any more, show what became of it.
+  const catchUp = async (isDue) => {
+    const chat = desk.conversationId();
+    const followed = await follow(false);
+    if (!followed && !stream && chat === desk.conversationId() && isDue()) show();
+  };
+
   // The button comes with the answer to the event, perhaps after the reply's first words.
   desk.stopReply = async () => {
     while (stream?.asked && !document.querySelector("button#stop")) await sleep(20);
@@ -118,17 +125,17 @@
   desk.asking = () => {
     if (!stream) follow(true);
   };
-  desk.asked = async () => {
+  desk.asked = () => {
     if (stream?.begun) {
       stream.asked = false;
       end();
       return;
     }
     desk.unfollow(); // perhaps none began
-    if (!await follow(false) && !stream) show();
+    catchUp(() => true);
   };
   // The reply may have ended since the event that opened the chat has looked.
-  desk.opened = async () => {
-    if (!stream && !await follow(false) && !stream && isGrowing()) show();
+  desk.opened = () => {
+    if (!stream) catchUp(isGrowing);
   };
 })();
