@@ -32,3 +32,9 @@ def warn(error: BaseException, locale: str) -> str:
     words = sentence(error, locale)
     gr.Warning(escape(words))
     return words
+
+
+def no_success() -> gr.Error:
+    """To be raised by an event that has told why it does not do what it is for: what waits for its
+    success does not follow."""
+    return gr.Error(visible=False, print_exception=False)

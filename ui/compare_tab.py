@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from backend.services import Services
-from ui.answer import warn
+from ui.answer import no_success, warn
 from ui.benchmark_panel import BenchmarkPanel
 from ui.i18n import label, locale_of
 from ui.job_panel import JobPanel
@@ -69,7 +69,7 @@ class CompareTab:
                 return await self.sides.preset(*panel.pair(job_id, locale_of(request)), request)
             except Exception as error:
                 warn(error, locale_of(request))
-                raise gr.Error(visible=False, print_exception=False) from error
+                raise no_success() from error
         return on_compare
 
     def wire_opening(self, page: Page, tab: gr.Tab) -> None:

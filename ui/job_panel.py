@@ -23,7 +23,7 @@ from backend.job_events import JobProgress
 from backend.jobs import Job
 from backend.services import Services
 from ui import job_view
-from ui.answer import warn
+from ui.answer import no_success, warn
 from ui.forms import pressed
 from ui.i18n import label, locale_of, t
 
@@ -138,7 +138,7 @@ class JobPanel:
             await self.services.engines.load(str(self.library.checked(folder)), options)
         except Exception as error:
             warn(error, locale_of(request))
-            raise gr.Error(visible=False, print_exception=False) from error
+            raise no_success() from error
 
     async def on_csv(self, job_id: str, request: gr.Request) -> str:
         """A benchmark's rows. They are made of its events: no file is named, and none is read."""

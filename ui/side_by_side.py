@@ -23,7 +23,7 @@ from backend.config import SamplingParams
 from backend.errors import UserError
 from backend.services import Services
 from ui import compare_view, forms
-from ui.answer import warn
+from ui.answer import no_success, warn
 from ui.chat_view import LATEX_DELIMITERS
 from ui.compare_target import SERVED, Form, TargetPicker
 from ui.compare_view import Record
@@ -104,7 +104,7 @@ class SideBySide:
 
         def draws(begins: Any) -> None:
             # Frames touch the panes alone, and go out as they are: each output costs every frame.
-            begins.then(self.on_draw, [], panes, postprocess=False, **event).then(
+            begins.success(self.on_draw, [], panes, postprocess=False, **event).then(
                 self.on_end, [], buttons, **event)
 
         draws(gr.on([self.go.click, self.prompt.submit], self.on_go, form, begun, **event))
@@ -135,7 +135,7 @@ class SideBySide:
         """Draw the replies as they grow; when nobody looks any more, end them."""
         locale, tab = locale_of(request), _tab(request)
         comparison = self._running.get(tab)
-        if comparison is None:  # it was refused
+        if comparison is None:  # called by hand
             return
         drawn, drawn_at = None, 0.0
         try:
@@ -213,9 +213,11 @@ class SideBySide:
             words = t("compare.leaves", locale, count=error.count)
             yield {**at_rest, self.force: gr.update(visible=True), self.question: gr.update(
                 value=f'<p class="lmd-ask">{escape(words)}</p>', visible=True)}
+            raise no_success() from error
         except Exception as error:
             warn(error, locale)
             yield at_rest
+            raise no_success() from error
         else:
             yield {
                 self.go: gr.update(visible=False), self.stop: gr.update(visible=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -100,10 +101,15 @@ def test_edit_diff_save_undo_and_load(new_page: Open, server: AppProcess, worksp
     for line in ("quant_policy = 4", "rope_scaling_factor = 2.0", "max_batch_size = 8",
                  "session_len = 1024"):  # fmt: skip
         assert f"{line}\n" in text
-    status = httpx.get(f"{server.url}/api/status", timeout=30).json()
-    assert (status["model"], status["state"]) == ("desk", "ready")
-    assert (status["info"]["kv_bits"], status["info"]["session_len"]) == (8, 1024)
-    assert status["info"]["max_batch_size"] == 4  # the flag's
+
+    def status() -> dict[str, Any]:
+        return httpx.get(f"{server.url}/api/status", timeout=30).json()
+
+    until(lambda: status()["state"] == "ready", "the status is not ready")  # it is kept a moment
+    assert status()["model"] == "desk"
+    info = status()["info"]
+    assert (info["kv_bits"], info["session_len"]) == (8, 1024)
+    assert info["max_batch_size"] == 4  # the flag's
 
     desk.button("undo").click()
     until(lambda: path.read_bytes() == original, "undo does not bring the bytes back")

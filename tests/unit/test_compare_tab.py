@@ -133,6 +133,19 @@ def test_prompts_that_are_none(tab: CompareTab, prompt: Any, told: str) -> None:
         tab.sides._messages(values, "en")
 
 
+def test_an_ask_that_is_refused_has_no_success(tab: CompareTab) -> None:
+    """What draws the replies follows success alone: it would meet the next ask's otherwise."""
+    frames: list[dict[Any, Any]] = []
+
+    async def ask() -> None:
+        async for frame in tab.sides.on_go(form(tab) | {tab.sides.prompt: " "}, request()):
+            frames.append(frame)
+
+    with pytest.raises(gr.Error) as refused:
+        asyncio.run(ask())
+    assert not refused.value.visible and frames[-1][tab.sides.go]["interactive"]
+
+
 @pytest.mark.parametrize(("values", "told"), [
     (("/etc", "default", "1", 4, 4, 1), "in none of the folders"),
     ((str(DEMO), "3", "1", 4, 4, 1), "not one of the choices"),
