@@ -131,7 +131,9 @@ def test_a_reply_that_ends_while_the_page_opens_is_shown(chat: ChatPage, model: 
     chat.page.route("**/page/reply/**", lambda route: held.append(route), times=1)
     chat.reload()  # shows the question, then asks for the reply
     script.go.set()
-    while not held or "ending" not in model.ended:
+    for _ in range(3000):  # a minute at most
+        if held and "ending" in model.ended:
+            break
         chat.page.wait_for_timeout(20)
     held[0].continue_()
     assert chat.wait_reply(1) == "half a reply and the rest"
