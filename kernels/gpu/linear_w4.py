@@ -1,8 +1,8 @@
 """Linear layers with weights of 4 bits (W4A16): the choice of the kernel and its launch.
 
-Few tokens: `w4_mma`, bound by the memory. A batch: `w4_dot`, or on Hopper, prompts of 2048 tokens
-too, `w4_wgmma`, bound by the tensor cores. Other prompts: the weight is unpacked into a scratch, in
-slices if it is large, and cuBLAS multiplies.
+Few tokens: `w4_mma` and `w4_wide`, bound by the memory. A batch: `w4_dot`, or on Hopper, prompts of
+up to 2048 tokens too, `w4_wgmma`, bound by the tensor cores. Other prompts: the weight is unpacked
+into a scratch, in slices if it is large, and cuBLAS multiplies.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kernels.gpu.tuning import (
     MmaConfig,
     W4Config,
     WgmmaConfig,
+    WideConfig,
     bucket_of,
     gpu_name,
     invariant_config,
@@ -29,6 +30,7 @@ from kernels.gpu.tuning import (
 )
 from kernels.gpu.w4_dot import w4_dequantize_kernel, w4_dot_kernel
 from kernels.gpu.w4_mma import w4_mma_kernel
+from kernels.gpu.w4_wide import w4_wide_kernel
 from kernels.packing import TILE_COLUMNS, TILE_ROWS, W4Weight
 
 # Bytes of unpacked weight at a time: the largest matrix of a 7B model in one piece. Smaller pieces
@@ -96,8 +98,8 @@ def _checked(x: Tensor, weight: W4Weight) -> Tensor:
         raise ValueError(f"x {list(x.shape)} for a weight of {weight.in_features} columns")
     if x.is_cuda and _capability(x.device.index or 0) < (8, 0):
         raise ValueError("W4A16 needs a GPU of compute capability 8.0 or newer")
-    if x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:
-        x = x.clone(memory_format=torch.contiguous_format)  # pairs must lie on 4 bytes
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)  # 16 bytes are loaded at a time
     return x
 
 
@@ -142,6 +144,34 @@ def run(
     }
     token_programs = cdiv(x.shape[0], config.tokens)
     given_bias = out if bias is None else bias
+    if isinstance(config, WideConfig):
+        strips = cdiv(rows, (8 if gated else 16) * config.blocks)
+        sms = num_sms(x.device.index or 0) if x.is_cuda else INTERPRETED_SMS
+        pairs = x.view(torch.int32)
+        launch(
+            w4_wide_kernel,
+            (min(strips, sms) if config.keep else strips, token_programs),
+            pairs,
+            weight.qweight,
+            weight.scale_zero,
+            given_bias,
+            out,
+            x.shape[0],
+            pairs.stride(0),
+            rows,
+            rows,
+            last_row,
+            strips,
+            x_pairs=pairs.shape[1],
+            COLUMN_TILES=weight.qweight.shape[1],
+            BLOCKS=config.blocks,
+            WARPS=config.warps,
+            AHEAD=config.ahead,
+            KEEP=config.keep,
+            num_stages=1,
+            **common,
+        )
+        return out
     if isinstance(config, MmaConfig):
         pairs = x.view(torch.int32)
         launch(

@@ -32,6 +32,17 @@ class MmaConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class WideConfig:
+    """`w4_wide_kernel`: for two to eight tokens."""
+
+    blocks: int = 1  # of 16 rows of the weight
+    keep: bool = False  # x in registers, by one program a multiprocessor that stays
+    tokens: int = 8
+    warps: int = 8
+    ahead: int = 4
+
+
+@dataclass(frozen=True, slots=True)
 class DotConfig:
     """`w4_dot_kernel`: for a batch."""
 
@@ -55,9 +66,10 @@ class WgmmaConfig:
     programs: int = 1  # a multiprocessor
 
 
-W4Config = MmaConfig | DotConfig | WgmmaConfig
-KINDS: dict[str, type[MmaConfig] | type[DotConfig] | type[WgmmaConfig]] = {
+W4Config = MmaConfig | WideConfig | DotConfig | WgmmaConfig
+KINDS: dict[str, type[W4Config]] = {
     "mma": MmaConfig,
+    "wide": WideConfig,
     "dot": DotConfig,
     "wgmma": WgmmaConfig,
 }
@@ -107,6 +119,9 @@ def default_config(
     sms: int, rows: int, columns: int, bucket: int, hopper: bool = False
 ) -> W4Config:
     """The rule for what no table knows: what was fastest on an H200 in shapes of 7B models."""
+    if 1 < bucket <= 8 and columns <= 4096:
+        # What x takes of the registers is as much as there is. Narrow results fill no program.
+        return WideConfig(2, True) if rows > columns else WideConfig()
     if bucket <= 8:
         # With more tokens x comes slowly: each reading of it then serves more rows.
         return MmaConfig(8, 1 if bucket == 1 else 2, 8, 4 if rows <= columns else 2)

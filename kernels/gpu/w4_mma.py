@@ -203,7 +203,7 @@ def _unpack(ring, scales, at: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexp
 
 
 @triton.jit
-def _multiply(low, high, x, scales_low, scales_high, acc, GROUPS: tl.constexpr,
+def multiply(low, high, x, scales_low, scales_high, acc, GROUPS: tl.constexpr,
               BF16: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """acc plus the product of 16 rows with 8 tokens over 128 columns; all tensors [WARPS, 8, 4].
 
@@ -247,7 +247,7 @@ def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def _total(parts, first: tl.constexpr):
+def total_of(parts, first: tl.constexpr):
     """Four results [WARPS, 8, 4], each summed over the warps, in one pass: [8, 4].
 
     Nothing stands between them and the sum that could ask for another layout.
@@ -349,7 +349,7 @@ def w4_mma_kernel(
             low, low_scales = _unpack(ring, scales, (i * PARTS + 2 * block) * 4, BF16, ASM)
             high, high_scales = _unpack(ring, scales, (i * PARTS + 2 * block + 1) * 4, BF16, ASM)
             for t in tl.static_range(TOKEN_TILES):
-                sums = sums + _multiply(
+                sums = sums + multiply(
                     low,
                     high,
                     xs[16 * t : 16 * t + 16],
@@ -366,7 +366,7 @@ def w4_mma_kernel(
     lane = tl.arange(0, 4)[None, :]
     for block in tl.static_range(BLOCKS):
         for t in tl.static_range(TOKEN_TILES):
-            values = _total(accs, 4 * (block * TOKEN_TILES + t))
+            values = total_of(accs, 4 * (block * TOKEN_TILES + t))
             for i in tl.static_range(2 if GATED else 4):
                 row = base + block * OUT_ROWS + lane_row + 8 * (i // 2)
                 token = first_token + 8 * t + 2 * lane + i % 2

@@ -27,7 +27,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.gpu.tuning import HOPPER_BUCKETS, KINDS, DotConfig, MmaConfig, W4Config, WgmmaConfig
+from kernels.gpu.tuning import (
+    HOPPER_BUCKETS,
+    KINDS,
+    DotConfig,
+    MmaConfig,
+    W4Config,
+    WgmmaConfig,
+    WideConfig,
+)
 from kernels.packing import W4Weight
 
 # The module; the package's attribute of this name is the op.
@@ -123,8 +131,12 @@ def candidates(bucket: int, shape: Shape) -> Iterator[W4Config]:
     """What is tried."""
     tiles = -(-shape.columns // 128)
     if bucket <= 16:
+        if bucket == 8:
+            yield from (WideConfig(*form) for form in ((1, False), (2, False)))
+            if tiles <= 32:  # more of x than the registers hold
+                yield from (WideConfig(*form) for form in ((1, True), (2, True)))
         blocks_of = {1: (1, 2), 8: (1, 2, 4), 16: (2,)}[bucket]
-        for blocks, warps, ahead in itertools.product(blocks_of, (4, 8), (1, 2, 4, 8)):
+        for blocks, warps, ahead in itertools.product(blocks_of, (4, 8, 16), (1, 2, 4, 8)):
             # As many loads on their way as registers allow, but no more than there are.
             if -(-tiles // warps) > ahead // 2 and 2 <= blocks * ahead <= 8:
                 yield MmaConfig(max(8, bucket), blocks, warps, ahead)
@@ -163,7 +175,7 @@ def compiled(task: tuple[Shape, W4Config]) -> tuple[Shape, W4Config, str]:
 
 def code_of(shape: Shape, config: W4Config) -> tuple[object, ...]:
     """What the compiled code of a candidate depends on."""
-    if isinstance(config, MmaConfig):
+    if isinstance(config, MmaConfig | WideConfig):
         return shape.columns, shape.gated, config
     if isinstance(config, WgmmaConfig):
         return shape.gated, replace(config, parts=1)

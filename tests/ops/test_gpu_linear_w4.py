@@ -17,6 +17,7 @@ from kernels.gpu.tuning import (  # isort: skip
     DotConfig,
     MmaConfig,
     WgmmaConfig,
+    WideConfig,
     bucket_of,
     default_config,
     division,
@@ -31,6 +32,8 @@ RELATIVE = {torch.float16: 5e-4, torch.bfloat16: 4e-3 if ON_GPU else 1.5e-2}
 FORMS = [
     MmaConfig(8, 1, 4, 2),
     MmaConfig(16, 2, 2, 1),
+    WideConfig(2, True, 8, 2, 2),
+    WideConfig(1, False, 8, 4, 1),
     DotConfig(16, 64, 1, False, 4, 2),
     DotConfig(16, 64, 2, True, 4, 2),
 ]
@@ -137,6 +140,21 @@ def test_ops(tokens):
     x, bias = drawn(tokens, 256, torch.float16), drawn(1, 128, torch.float16)[0]
     close(w4.linear_w4(x, weight, bias), expected(x, weight, bias))
     close(w4.gated_linear_w4(x, weight), expected(x, weight, gated=True), 2)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="large shapes, and exchanges between lanes: needs a GPU")
+@pytest.mark.parametrize("form", [WideConfig(2, True), WideConfig()], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("columns", [2080, 4096])
+def test_strips_that_programs_stay_for(form, dtype, group_size, columns):
+    # Several strips a program, the last one of some programs only; rows that fill no block.
+    weight = drawn_weight(12300, columns // group_size * group_size, group_size)
+    for tokens in (2, 5, 8):
+        x = drawn(tokens, weight.in_features, dtype)
+        bias = drawn(1, 12300, dtype)[0]
+        close(w4.run(x, weight, bias, False, form), expected(x, weight, bias))
+        close(w4.run(x, weight, None, True, form), expected(x, weight, gated=True))
 
 
 @needs_hopper
