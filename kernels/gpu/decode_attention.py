@@ -10,6 +10,8 @@ not depend on who was last.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -42,6 +44,19 @@ from kernels.gpu.launch import (
 from kernels.gpu.splits import add_up_last, planned, store_result, tiles_of_split
 from kernels.ops import AttentionMetadata, KVCache
 
+# By bits: up to so many pairs of a sequence and a KV head, as `_config`. The fastest on an H200,
+# mostly (docs/performance-log.md). Many programs of one warp keep the memory busier than fewer of
+# two, which are quicker for themselves; four warps serve some 256 pairs, which are split no more.
+QUANTIZED_TILES = {
+    8: (
+        (32, (32, 1, 3, 0)),
+        (176, (64, 2, 3, 0)),
+        (400, (64, 4, 3, 0)),
+        (1000, (64, 2, 3, 0)),
+        (math.inf, (32, 1, 3, 0)),
+    ),
+    4: ((1000, (64, 2, 3, 0)), (math.inf, (32, 1, 3, 0))),
+}
 TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -278,13 +293,11 @@ def _config(
 ) -> tuple[int, int, int, int]:
     """Tokens of a tile, warps, pipeline stages, registers a thread (0: any number).
 
-    `pairs` of a sequence and a KV head. On an H200 (microseconds; 32 KV heads, no groups): 16 bits
-    want short tiles, 16 x 300 tokens 24 (64 tokens: 31). Quantized, many programs of one warp keep
-    the memory busier than fewer of two, which are quicker for themselves: 8 bits 256 x 400 227
-    (264), 64 x 1000 167 (148); 4 bits 64 x 300 45 (53), 16 x 300 20 (15).
+    `pairs` of a sequence and a KV head, which `group` query heads read.
     """
     if dtype == torch.float32 or head_dim > 128 or group > 16:
         return 32, 4, 2, 0
     if bits == 16:
+        # Without groups short tiles: 16 x 300 tokens 24 µs on an H200 (64 tokens a tile: 31).
         return (32, 2, 3, 0) if group == 1 else (64, 2, 2, 0)
-    return (32, 1, 4, 0) if pairs >= {8: 4096, 4: 1024}[bits] else (64, 2, 3, 0)
+    return next(config for most, config in QUANTIZED_TILES[bits] if pairs <= most)

@@ -235,7 +235,7 @@ def decode_rows(
     scale: float,
     window: int | None = None,
     splits: tuple[int, int] | None = None,
-    config: tuple[int, int, bool, int] = (4, 1, True, 0),
+    config: tuple[int, int, bool, int] = (8, 1, True, 0),
 ) -> None:
     """As `decode_attention` where H = K, 8 or 16 bits. `config` as `rows_config`'s."""
     sequences, heads, head_dim = metadata.num_decodes, cache.k.shape[0], q.shape[2]
@@ -269,12 +269,15 @@ def rows_config(
     """Tokens a lane has of a tile, warps, whether tiles are loaded a turn ahead, registers.
 
     None where tensor cores serve better. `pairs` of a sequence and a KV head, which `group` query
-    heads read; 0 registers are as many as the compiler likes.
+    heads read; 0 registers are as many as the compiler likes. Measured on an H200: see
+    `decode_attention.QUANTIZED_TILES`, which takes over where this says None.
     """
     if group > 1 or bits == 4 or dtype == torch.float32:
         return None
+    if bits == 8:
+        if pairs <= 64 or 1024 <= pairs < 1536:
+            return 8, 1, True, 0
+        return (8, 2, True, 0) if pairs <= 176 else None
     if pairs <= 64:
         return 4, 2, True, 0
-    if bits == 16 and pairs >= 2048:
-        return 4, 1, True, 0
-    return None
+    return (4, 1, True, 0) if pairs >= 2048 else None

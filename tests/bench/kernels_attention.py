@@ -29,9 +29,9 @@ SHAPES = [(32, 32), (32, 8)]
 BITS = [16, 8, 4]
 DECODE = [(b, c) for b in (1, 4, 16, 64, 256) for c in (257, 600, 2048)]
 TUNE_DECODE = [(1, 300), (1, 600), (64, 600)]
-DECODE_CONFIGS = [(64, 2, 3, 0), (64, 4, 3, 0), (64, 2, 2, 0), (32, 1, 4, 0), (32, 1, 3, 0)]
+DECODE_CONFIGS = [(64, 2, 3, 0), (64, 4, 3, 0), (64, 2, 2, 0), (32, 2, 3, 0), (32, 1, 3, 0)]
 # Of `decode_rows`, which serves KV heads with one query head, of 16 and 8 bits.
-ROWS_CONFIGS = [(4, 2, True, 0), (4, 1, True, 0), (2, 1, True, 0), (4, 1, False, 120)]
+ROWS_CONFIGS = [(4, 2, True, 0), (4, 1, True, 0), (8, 2, True, 0), (8, 1, True, 0)]
 PREFILL = [512, 2048, 4000]
 PREFILL_CONFIGS = [None, (64, 64, 4, 2), (128, 64, 8, 3), (32, 64, 4, 3), (32, 64, 2, 3)]
 L2_BYTES = 60e6

@@ -202,6 +202,7 @@ SPLIT = [
     *[((6, 2, 32), bits, decode_attention, (16, 4, 2, 0)) for bits in (16, 8, 4)],
     *[(ALONE, bits, decode_rows, (4, 1, True, 0)) for bits in (16, 8)],
     *[(ALONE, bits, decode_rows, (2, 2, True, 0)) for bits in (16, 8)],
+    *[(ALONE, 8, decode_rows, (8, warps, True, 0)) for warps in (1, 2)],
 ]
 
 
@@ -254,7 +255,9 @@ def test_the_host_chooses_more_splits_for_a_small_batch():
     from kernels.gpu.splits import choose_splits
 
     assert choose_splits(1, 32, 600, 64, 132) == (10, 1)
-    assert choose_splits(4, 32, 4352, 64, 132) == (9, 3)
+    assert choose_splits(4, 32, 4352, 64, 132) == (4, 3)
+    assert choose_splits(1, 8, 4352, 64, 132) == (32, 1)
+    assert choose_splits(8, 32, 4352, 64, 132)[0] == 1
     assert choose_splits(16, 32, 4352, 64, 132)[0] == 1
     assert choose_splits(16, 32, 32768, 64, 132) == (4, 15)  # one alone would take too long
     assert choose_splits(1, 8, 1, 64, 132) == (1, 1)
