@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -147,15 +149,27 @@ def test_the_pool_in_tokens_and_in_gb():
     assert 0.0095e9 < taken <= 0.01e9
 
 
+@contextmanager
+def little_memory(size: int) -> Iterator[None]:
+    """PyTorch has some `size` bytes left, whatever tests before this one have left behind."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + size) / total)
+    held, piece = [], 2 << 20
+    try:
+        with suppress(torch.OutOfMemoryError):
+            while True:
+                held.append(torch.empty(piece, dtype=torch.uint8, device="cuda"))
+        del held[-(size // piece) :]
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def test_out_of_memory_in_a_step_shrinks_it_and_loses_nothing():
     texts = prompts(8, longest=240)
     engine = engine_of(DEMO, dtype="float16", max_prefill_token_num=2048, batch_invariant=True)
     expected = tokens(run(engine, texts))
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (2 << 20)) / total)
-    try:
+    with little_memory(2 << 20):
         assert tokens(run(engine, texts)) == expected
         assert engine.scheduler.max_step_tokens < 2048
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
