@@ -77,7 +77,7 @@ def choose_splits(
     """(splits of a sequence, tiles that each has at least).
 
     Four programs a multiprocessor keep the memory busy; more only come and go: with eight, 8
-    sequences of 8 heads and 1024 tokens take 20 µs on an H200 instead of 13. Where that would be
+    sequences of 8 heads and 1024 tokens take 20 µs on an H200 instead of 16. Where that would be
     less than three splits, sequences are split only if they may be so long that one would keep the
     others waiting: 16 sequences of 32 heads and 300 tokens take 24 µs whole, 31 where three splits
     were possible and one was used.
